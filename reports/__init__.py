@@ -1,0 +1,1 @@
+"""reports: what was recorded, and what it means.  `python -m reports --help`."""

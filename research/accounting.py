@@ -1,0 +1,97 @@
+"""Closed forms: parameters, cached elements, FLOPs and bytes of a model that need not be built.
+
+They are checked against the module itself on torch's meta device, to the last parameter.
+"""
+
+from research.config import AttentionConfig, ModelConfig
+
+
+def attention_parameters(attention: AttentionConfig, hidden_size: int) -> int:
+    """Parameters of one attention layer, the RMSNorm gains of its latents included."""
+    d, a, heads = hidden_size, attention, attention.num_attention_heads
+    out = heads * a.v_head_dim * d
+    if a.kind != "mla":
+        groups = a.key_value_heads
+        return d * heads * a.qk_head_dim + d * groups * (a.qk_head_dim + a.v_head_dim) + out
+    if a.q_lora_rank is None:
+        query = d * heads * a.qk_head_dim
+    else:
+        query = d * a.q_lora_rank + a.q_lora_rank + a.q_lora_rank * heads * a.qk_head_dim
+    latent = d * (a.kv_lora_rank + a.qk_rope_head_dim) + a.kv_lora_rank
+    return query + latent + a.kv_lora_rank * heads * (a.qk_nope_head_dim + a.v_head_dim) + out
+
+
+def _ffn_parameters(model: ModelConfig, layer: int, *, activated: bool) -> int:
+    d = model.hidden_size
+    if model.moe is None or not model.is_moe_layer(layer):
+        return 3 * d * model.intermediate_size
+    moe = model.moe
+    routed = moe.num_experts_per_tok if activated else moe.n_routed_experts
+    return moe.n_routed_experts * d + 3 * d * moe.moe_intermediate_size * (routed + moe.n_shared_experts)
+
+
+def _parameters(model: ModelConfig, *, activated: bool) -> int:
+    d = model.hidden_size
+    per_layer = attention_parameters(model.attention, d) + 2 * d
+    layers = sum(per_layer + _ffn_parameters(model, i, activated=activated) for i in range(model.num_hidden_layers))
+    embedding = model.vocab_size * d
+    head = 0 if model.tie_word_embeddings and not activated else embedding
+    return layers + d + head + (0 if activated else embedding)
+
+
+def total_parameters(model: ModelConfig) -> int:
+    """All parameters, both embeddings included."""
+    return _parameters(model, activated=False)
+
+
+def activated_parameters(model: ModelConfig) -> int:
+    """Parameters that one token passes through, without the input embedding, with the head (as the paper counts)."""
+    return _parameters(model, activated=True)
+
+
+def kv_cache_elements_per_token(model: ModelConfig) -> int:
+    """Cached elements per token over all layers (V2 Table 1): (d_c + d_h^R) l for MLA, n_g (d_k + d_v) l otherwise."""
+    a = model.attention
+    per_layer = a.kv_lora_rank + a.qk_rope_head_dim if a.kind == "mla" else a.key_value_heads * (a.qk_head_dim + a.v_head_dim)
+    return per_layer * model.num_hidden_layers
+
+
+def kv_cache_bytes_per_token(model: ModelConfig, bits: float = 16) -> float:
+    """Bytes of cache per token at `bits` per element, without scales."""
+    return kv_cache_elements_per_token(model) * bits / 8
+
+
+def forward_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
+    """Floating-point operations of a forward pass: two per activated parameter, and causal attention over half the sequence."""
+    a = model.attention
+    attention = a.num_attention_heads * (a.qk_head_dim + a.v_head_dim) * sequence_length * model.num_hidden_layers
+    return 2.0 * activated_parameters(model) + attention
+
+
+def train_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
+    """Forward and backward: three times the forward pass, no recomputation counted."""
+    return 3.0 * forward_flops_per_token(model, sequence_length)
+
+
+def weights_bytes(model: ModelConfig, bits: float = 16) -> float:
+    """Bytes of all weights at `bits` per parameter."""
+    return total_parameters(model) * bits / 8
+
+
+def training_memory_bytes(model: ModelConfig, batch_size: int, sequence_length: int) -> int:
+    """Rough peak of a float32 training step: weights, gradients, two moments, and the activations kept for backward.
+
+    Activations are counted per token and layer: the inputs of every product, the attention's queries,
+    keys, values and output, the experts' hidden activations, and the logits with their gradient.
+    """
+    a, d = model.attention, model.hidden_size
+    attention = 4 * d + a.num_attention_heads * (2 * a.qk_head_dim + 3 * a.v_head_dim) + 2 * (a.kv_lora_rank + a.qk_rope_head_dim)
+    ffn = 0
+    for layer in range(model.num_hidden_layers):
+        if model.moe is not None and model.is_moe_layer(layer):
+            used = model.moe.num_experts_per_tok + model.moe.n_shared_experts
+            ffn += used * (4 * model.moe.moe_intermediate_size + 2 * d) + 3 * model.moe.n_routed_experts
+        else:
+            ffn += 4 * model.intermediate_size
+    per_token = model.num_hidden_layers * attention + ffn + 3 * model.vocab_size
+    return 16 * total_parameters(model) + 4 * per_token * batch_size * sequence_length

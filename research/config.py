@@ -1,0 +1,291 @@
+"""What a run *is*: frozen values, no behaviour beyond derived sizes.
+
+Attention and expert shapes keep the names of the published DeepSeek-V2 configuration; what that
+file names obscurely has a plain name here with the paper's symbol beside it.  Validation of types
+and unknown keys happens at the door (`configfile`); what only makes sense together is checked in
+`__post_init__` and raised as ValueError with a whole sentence.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+AttentionKind = Literal["mla", "mha", "gqa", "mqa"]
+Domain = Literal["en", "zh", "ko", "code", "math"]
+
+_FORBID_UNKNOWN = {"extra": "forbid"}
+
+
+def _require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise ValueError(sentence)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionConfig:
+    """One attention layer (V2 section 2.1, equations 37 to 47).
+
+    For `mha`, `gqa` and `mqa` a head is `qk_nope_head_dim + qk_rope_head_dim` wide for queries and
+    keys (only the rotary part is rotated) and `v_head_dim` wide for values, so that the kinds differ
+    in what is shared and cached, not in the width of a head.
+    """
+
+    __pydantic_config__: ClassVar[Any] = _FORBID_UNKNOWN
+
+    kind: AttentionKind = "mla"
+    num_attention_heads: int
+    num_key_value_heads: int | None = None
+    """Only for `gqa`; `mha` has as many as heads, `mqa` one."""
+    q_lora_rank: int | None = None
+    """Query latent d_c' (MLA); None: queries are not compressed."""
+    kv_lora_rank: int = 512
+    """Key/value latent d_c (MLA)."""
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    """Decoupled rotary width d_h^R."""
+    v_head_dim: int = 128
+    rope_theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        _require(self.qk_nope_head_dim >= 0, f"qk_nope_head_dim={self.qk_nope_head_dim} must be >= 0")
+        for name in ("num_attention_heads", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim"):
+            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be > 0")
+        _require(self.q_lora_rank is None or self.q_lora_rank > 0, f"q_lora_rank={self.q_lora_rank} must be > 0 or null")
+        _require(self.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim={self.qk_rope_head_dim} must be even: rotations act on pairs")
+        if self.kind == "gqa":
+            groups = self.num_key_value_heads
+            _require(groups is not None, "kind=gqa needs num_key_value_heads")
+            _require(
+                groups is not None and groups > 0 and self.num_attention_heads % groups == 0,
+                f"num_key_value_heads={groups} must divide num_attention_heads={self.num_attention_heads}",
+            )
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def key_value_heads(self) -> int:
+        """Heads of keys and values that are cached: n_h, n_g or 1 (MLA is counted by its latent instead)."""
+        if self.kind == "gqa":
+            assert self.num_key_value_heads is not None
+            return self.num_key_value_heads
+        return 1 if self.kind == "mqa" else self.num_attention_heads
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BalanceConfig:
+    """Weights of the balance losses: alpha 1, 2, 3 of V2 section 2.2.3, equations 23 to 31."""
+
+    __pydantic_config__: ClassVar[Any] = _FORBID_UNKNOWN
+
+    expert: float = 0.003
+    device: float = 0.05
+    communication: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("expert", "device", "communication"):
+            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be >= 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoEConfig:
+    """DeepSeekMoE (V2 section 2.2): shared and fine-grained routed experts on `expert_devices` devices."""
+
+    __pydantic_config__: ClassVar[Any] = _FORBID_UNKNOWN
+
+    n_routed_experts: int
+    num_experts_per_tok: int
+    """K_r, routed experts that a token uses."""
+    moe_intermediate_size: int
+    n_shared_experts: int = 0
+    first_k_dense_replace: int = 1
+    """So many layers at the start keep a dense FFN."""
+    routed_scaling_factor: float = 1.0
+    expert_devices: int = 1
+    """D: devices over which the routed experts of one layer are spread."""
+    device_limit: int | None = None
+    """M: devices that one token may reach; None is unrestricted."""
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    capacity_factor: float | None = None
+    """Device budget over average load at training (1.0 in the paper); None: nothing is dropped."""
+    undropped_sequences: float = 0.1
+    """Share of the training sequences whose tokens are never dropped (V2 section 2.2.4)."""
+
+    def __post_init__(self) -> None:
+        e, k, d, m = self.n_routed_experts, self.num_experts_per_tok, self.expert_devices, self.device_limit
+        for name in ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "expert_devices"):
+            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be > 0")
+        _require(self.n_shared_experts >= 0, f"n_shared_experts={self.n_shared_experts} must be >= 0")
+        _require(self.first_k_dense_replace >= 0, f"first_k_dense_replace={self.first_k_dense_replace} must be >= 0")
+        _require(k <= e, f"num_experts_per_tok={k} must be <= n_routed_experts={e}")
+        _require(e % d == 0, f"n_routed_experts={e} must be divisible by expert_devices={d}")
+        if m is not None:
+            _require(1 <= m <= d, f"device_limit={m} must lie in 1..{d} (expert_devices), or be null for unrestricted")
+            _require(k <= m * (e // d), f"num_experts_per_tok={k} does not fit on device_limit={m} devices of {e // d} experts")
+        _require(self.capacity_factor is None or self.capacity_factor > 0, f"capacity_factor={self.capacity_factor} must be > 0 or null")
+        _require(0 <= self.undropped_sequences <= 1, f"undropped_sequences={self.undropped_sequences} must lie in 0..1")
+
+    @property
+    def experts_per_device(self) -> int:
+        return self.n_routed_experts // self.expert_devices
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """A decoder-only language model: pre-norm RMSNorm, attention, SwiGLU FFN or DeepSeekMoE."""
+
+    __pydantic_config__: ClassVar[Any] = _FORBID_UNKNOWN
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    intermediate_size: int
+    """Hidden width of the dense FFN layers."""
+    attention: AttentionConfig
+    moe: MoEConfig | None = None
+    """None: every layer is dense."""
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.006
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"):
+            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be > 0")
+        _require(self.initializer_range > 0, f"initializer_range={self.initializer_range} must be > 0")
+        if self.moe is not None:
+            _require(
+                self.moe.first_k_dense_replace <= self.num_hidden_layers,
+                f"moe.first_k_dense_replace={self.moe.first_k_dense_replace} must be <= num_hidden_layers={self.num_hidden_layers}",
+            )
+
+    def is_moe_layer(self, layer: int) -> bool:
+        return self.moe is not None and layer >= self.moe.first_k_dense_replace
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        return tuple(i for i in range(self.num_hidden_layers) if self.is_moe_layer(i))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which text, which tokenizer, how long a sequence is."""
+
+    __pydantic_config__: ClassVar[Any] = _FORBID_UNKNOWN
+
+    corpus: str = "quickstart"
+    """`quickstart` or `default` (pinned archives), `installed` (text every Python has), or `files`."""
+    paths: tuple[str, ...] = ()
+    """For `files`: paths or globs of .txt/.md/.py (any text), .jsonl or .parquet files."""
+    text_field: str = "text"
+    """Column or key that holds the text in .jsonl and .parquet files."""
+    tokenizer_vocab_size: int = 1024
+    """Byte-level BPE vocabulary trained on the corpus."""
+    sequence_length: int = 256
+    mixture: dict[str, float] = field(default_factory=dict)
+    """Sampling weight per domain; empty: in proportion to size in tokens."""
+    max_train_megabytes: float | None = None
+    """Cut each corpus to about this much text (deterministically, whole documents), domain shares kept."""
+
+    def __post_init__(self) -> None:
+        _require(self.sequence_length >= 2, f"sequence_length={self.sequence_length} must be >= 2")
+        _require(self.tokenizer_vocab_size >= 260, f"tokenizer_vocab_size={self.tokenizer_vocab_size} must be >= 260 (256 bytes and the special tokens)")
+        _require((self.corpus == "files") == bool(self.paths), f"corpus={self.corpus!r} with paths={list(self.paths)}: paths go with corpus 'files', and only with it")
+        _require(all(w >= 0 for w in self.mixture.values()), f"mixture={self.mixture} must have weights >= 0")
+        _require(not self.mixture or sum(self.mixture.values()) > 0, f"mixture={self.mixture} needs a weight > 0")
+        _require(self.max_train_megabytes is None or self.max_train_megabytes > 0, f"max_train_megabytes={self.max_train_megabytes} must be > 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW and the paper's schedule (V2 section 3.1.2): warm-up, then two steps down."""
+
+    __pydantic_config__: ClassVar[Any] = _FORBID_UNKNOWN
+
+    learning_rate: float = 2.4e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    gradient_clip: float = 1.0
+    warmup_steps: int = 2000
+    decay_at: tuple[float, ...] = (0.6, 0.9)
+    """Shares of all tokens at which the rate is multiplied by `decay_factor`."""
+    decay_factor: float = 0.316
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, f"learning_rate={self.learning_rate} must be > 0")
+        _require(self.gradient_clip > 0, f"gradient_clip={self.gradient_clip} must be > 0")
+        _require(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} must be >= 0")
+        _require(all(0 < x <= 1 for x in self.decay_at), f"decay_at={list(self.decay_at)} must lie in 0..1")
+        _require(list(self.decay_at) == sorted(self.decay_at), f"decay_at={list(self.decay_at)} must ascend")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig:
+    """How long, in which batches, how often something is written down."""
+
+    __pydantic_config__: ClassVar[Any] = _FORBID_UNKNOWN
+
+    train_tokens: int
+    batch_size: int = 8
+    """Sequences per optimizer step (the global batch)."""
+    micro_batch_size: int | None = None
+    """Sequences per forward pass; None: the whole batch at once."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    record_every: int = 10
+    """Steps between records of the losses and the routing."""
+    validate_every: int = 200
+    validation_tokens: int = 32768
+    """Held-out tokens per domain (all there are, if fewer)."""
+    checkpoint_every: int = 200
+    """Steps; at least one is also written at a stop and at the end."""
+    trace_every: int = 200
+    """Steps between snapshots of the routing trace."""
+
+    def __post_init__(self) -> None:
+        for name in ("train_tokens", "batch_size", "record_every", "validate_every", "validation_tokens", "checkpoint_every", "trace_every"):
+            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be > 0")
+        if self.micro_batch_size is not None:
+            _require(
+                self.micro_batch_size > 0 and self.batch_size % self.micro_batch_size == 0,
+                f"micro_batch_size={self.micro_batch_size} must divide batch_size={self.batch_size}",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """One training run, whole.  Equal values are the same run: see `config_id`."""
+
+    __pydantic_config__: ClassVar[Any] = _FORBID_UNKNOWN
+
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.seed >= 0, f"seed={self.seed} must be >= 0")
+        _require(
+            self.model.vocab_size >= self.data.tokenizer_vocab_size,
+            f"model.vocab_size={self.model.vocab_size} must be >= data.tokenizer_vocab_size={self.data.tokenizer_vocab_size}",
+        )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps: as many whole batches as it takes to see `train_tokens` tokens."""
+        per_step = self.training.batch_size * self.data.sequence_length
+        return -(-self.training.train_tokens // per_step)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain dict of a configuration (tuples become lists), ready for JSON or YAML."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def config_id(config: Any) -> str:
+    """The run's identity: 12 hex digits of the SHA-256 of its sorted JSON."""
+    text = json.dumps(dataclasses.asdict(config), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,155 @@
+"""The door: YAML and `--set` in, frozen configurations out, every mistake named at once.
+
+Types and unknown keys are pydantic's work over the very dataclasses of `config`; this module turns
+its errors into sentences with the path, the value and the nearest valid key.
+"""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, cast
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from research.config import RunConfig
+from research.errors import ConfigError
+from research.presets import PRESETS, preset
+
+T = TypeVar("T")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; ConfigError with line and column if it is none."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from error
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not valid YAML: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: holds a {type(value).__name__}, expected a mapping of keys to values")
+    return value
+
+
+def validate(cls: type[T], mapping: Mapping[str, Any], source: str) -> T:
+    """`mapping` as a `cls`; ConfigError lists every mistake as `source: path = value: sentence`."""
+    try:
+        return TypeAdapter(cls).validate_python(dict(mapping))
+    except ValidationError as error:
+        raise ConfigError(*(_sentence(cls, item, source) for item in error.errors())) from error
+
+
+def apply_overrides(mapping: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A copy of nested `mapping` with each `a.b.c=value` set; values are read as YAML."""
+    result = _copy(mapping)
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals or not path:
+            raise ConfigError(f"--set {override}: expected path=value, such as model.moe.device_limit=2")
+        try:
+            set_path(result, path.strip(), yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {override}: {text!r} is not valid YAML") from error
+    return result
+
+
+def set_path(mapping: dict[str, Any], path: str, value: Any) -> None:
+    """Set a dotted path in nested dicts, in place; missing levels are made."""
+    *parents, leaf = path.split(".")
+    node = mapping
+    for key in parents:
+        if not isinstance(node.get(key), dict):
+            node[key] = {}
+        node = node[key]
+    node[leaf] = value
+
+
+def load_run_config(mapping: Mapping[str, Any], source: str = "configuration", overrides: Iterable[str] = ()) -> RunConfig:
+    """A RunConfig from a mapping in which `model` may name a preset.
+
+    `model: deepseek-v2-nano`, or `model: {preset: deepseek-v2-nano, moe: {device_limit: 2}}`, starts
+    from that preset and lays the other keys over it.
+    """
+    resolved = apply_overrides({**mapping, "model": resolve_model(mapping.get("model", {}), source)}, overrides)
+    return validate(RunConfig, resolved, source)
+
+
+def resolve_model(model: Any, source: str) -> dict[str, Any]:
+    """The whole model mapping: a preset's values with the given keys laid over them."""
+    if isinstance(model, str):
+        model = {"preset": model}
+    if not isinstance(model, Mapping):
+        raise ConfigError(f"{source}: model = {model!r}: expected a preset's name or a mapping")
+    rest = {key: value for key, value in model.items() if key != "preset"}
+    if "preset" not in model:
+        return _copy(rest)
+    name = model["preset"]
+    if name not in PRESETS:
+        raise ConfigError(f"{source}: model.preset = {name!r}: no such preset{_nearest(str(name), PRESETS)}")
+    return merge(dataclasses.asdict(preset(name)), rest)
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts laid over each other; leaves and lists of `over` win."""
+    result = _copy(base)
+    for key, value in over.items():
+        old = result.get(key)
+        result[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else _copy(value)
+    return result
+
+
+def known_paths(cls: Any, prefix: str = "") -> list[str]:
+    """Every dotted leaf path of a configuration class."""
+    paths: list[str] = []
+    for name, hint in typing.get_type_hints(cls).items():
+        if name.startswith("_"):
+            continue
+        inner = _dataclass_in(hint)
+        paths += known_paths(inner, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
+    return paths
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copy(item) for key, item in value.items()}
+    return list(value) if isinstance(value, list | tuple) else value
+
+
+def _dataclass_in(hint: Any) -> Any:
+    """The dataclass inside `X`, `X | None` or `list[X]`, if there is one."""
+    for candidate in (hint, *typing.get_args(hint)):
+        if dataclasses.is_dataclass(candidate):
+            return candidate
+        if isinstance(candidate, UnionType):
+            return _dataclass_in(candidate)
+    return None
+
+
+def _nearest(name: str, choices: Iterable[str]) -> str:
+    names = list(choices)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(sorted(names))}"
+
+
+def _sentence(cls: Any, item: Any, source: str) -> str:
+    location = [str(part) for part in item["loc"]]
+    path = ".".join(location) or "(whole)"
+    value = item["input"]
+    if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        owner = cls
+        for part in location[:-1]:
+            owner = _dataclass_in(typing.get_type_hints(owner).get(part)) if owner else None
+        choices = [f.name for f in dataclasses.fields(owner)] if owner else []
+        return f"{source}: {path} = {value!r}: unknown key{_nearest(location[-1], choices)}"
+    if item["type"] in ("missing", "missing_argument"):
+        return f"{source}: {path}: is missing and has no default"
+    message = cast(str, item["msg"]).removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return f"{source}: {path}: {message}"
+    return f"{source}: {path} = {value!r}: {message[0].lower() + message[1:]}"

@@ -1,0 +1,24 @@
+"""The one root of all mistakes that a user can make and mend."""
+
+
+class UserError(Exception):
+    """A mistake in what the user gave (a file, a value, a path): reported in full, exit code 1.
+
+    `problems` holds one sentence per mistake; each names the path, the value and what would be valid.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class ConfigError(UserError):
+    """A configuration, study or cluster file does not say something that can be run."""
+
+
+class DataError(UserError):
+    """A corpus, archive or text file is missing, changed or not what it was said to be."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be used: other format, other configuration, or damaged."""

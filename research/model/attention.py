@@ -1,0 +1,140 @@
+"""Multi-head Latent Attention, and multi-head, grouped-query and multi-query attention beside it.
+
+MLA (V2 section 2.1, equations 37 to 47) has two forms that compute the same function:
+
+* expanded: keys and values of every head are rebuilt from the latent; cheapest per pair of positions,
+  so training and prefill use it;
+* absorbed: W^UK is folded into the query and W^UV into the output, and every head attends to the same
+  latent, as in multi-query attention; nothing is rebuilt, so decoding uses it.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from research.config import AttentionConfig, ModelConfig
+from research.model.cache import LayerCache
+from research.model.layers import RMSNorm, rotate
+
+
+def softmax_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+    """Causal attention: query (B, H, T, a), key (B, H or groups, S, a), value (B, H or groups, S, V) -> (B, H, T, V).
+
+    The T queries are the last T of the S positions.  Values narrower than keys are padded with zeros:
+    the fused CPU kernel exists for equal widths only and the fallback builds the T x S matrix.
+    """
+    positions, width = query.shape[-2], value.shape[-1]
+    grouped = key.shape[1] != query.shape[1]
+    if width < key.shape[-1]:
+        value = F.pad(value, (0, key.shape[-1] - width))
+    if positions == key.shape[-2]:
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+    else:
+        mask = _visible(positions, key.shape[-2], query.device)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    return out[..., :width]
+
+
+def _visible(new: int, total: int, device: torch.device) -> Tensor:
+    """bool (T, S): which of all positions each of the last `new` positions may see."""
+    return torch.arange(total, device=device) <= torch.arange(total - new, total, device=device)[:, None]
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """u_t = W^O [o_t1; ...; o_tH], with keys and values rebuilt from one latent c^KV per position.
+
+    Scores are scaled by 1 / sqrt(N + R).  Both latents pass an RMSNorm (V2 section 3.1.2).  One
+    rotary key k^R is shared by all heads.  Parameter names are those of the published checkpoints.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        a, d = config.attention, config.hidden_size
+        self.config: AttentionConfig = a
+        heads = a.num_attention_heads
+        if a.q_lora_rank is None:
+            self.q_proj = nn.Linear(d, heads * a.qk_head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(d, a.q_lora_rank, bias=False)
+            self.q_a_layernorm = RMSNorm(a.q_lora_rank)
+            self.q_b_proj = nn.Linear(a.q_lora_rank, heads * a.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(d, a.kv_lora_rank + a.qk_rope_head_dim, bias=False)
+        self.kv_a_layernorm = RMSNorm(a.kv_lora_rank)
+        self.kv_b_proj = nn.Linear(a.kv_lora_rank, heads * (a.qk_nope_head_dim + a.v_head_dim), bias=False)
+        self.o_proj = nn.Linear(heads * a.v_head_dim, d, bias=False)
+        self.scale = 1 / math.sqrt(a.qk_head_dim)
+
+    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
+        """x (B, T, D) -> (B, T, D); with a cache, x holds the positions after the cached ones."""
+        query_nope, query_rope = self._queries(x, table)
+        latent, key_rope = self._latent(x, table)
+        filled = 0
+        if cache is not None:
+            filled = cache.length
+            latent, key_rope = cache.append(latent, key_rope)
+        attend = self.absorbed if filled else self.expanded
+        heads = attend(query_nope, query_rope, latent, key_rope)
+        return self.o_proj(heads.transpose(1, 2).flatten(2))
+
+    def expanded(self, query_nope: Tensor, query_rope: Tensor, latent: Tensor, key_rope: Tensor) -> Tensor:
+        """Queries (B, H, T, N) and (B, H, T, R), latent (B, S, C), rotary key (B, S, R) -> (B, H, T, V)."""
+        a = self.config
+        rebuilt = self.kv_b_proj(latent).unflatten(-1, (a.num_attention_heads, -1)).transpose(1, 2)
+        key_nope, value = rebuilt.split((a.qk_nope_head_dim, a.v_head_dim), -1)
+        key = torch.cat((key_nope, key_rope[:, None].expand(-1, a.num_attention_heads, -1, -1)), -1)
+        return softmax_attention(torch.cat((query_nope, query_rope), -1), key, value, scale=self.scale)
+
+    def absorbed(self, query_nope: Tensor, query_rope: Tensor, latent: Tensor, key_rope: Tensor) -> Tensor:
+        """The same values as `expanded`; keys and values are never rebuilt."""
+        a = self.config
+        weight = self.kv_b_proj.weight.unflatten(0, (a.num_attention_heads, -1))
+        up_key, up_value = weight.split((a.qk_nope_head_dim, a.v_head_dim), 1)
+        query = torch.einsum("bhtn,hnc->bhtc", query_nope, up_key)
+        scores = torch.einsum("bhtc,bsc->bhts", query, latent) + torch.einsum("bhtr,bsr->bhts", query_rope, key_rope)
+        hidden = ~_visible(query.shape[-2], latent.shape[-2], latent.device)
+        probability = (scores * self.scale).masked_fill(hidden, -math.inf).softmax(-1, dtype=torch.float32).to(latent.dtype)
+        return torch.einsum("bhtc,hvc->bhtv", torch.einsum("bhts,bsc->bhtc", probability, latent), up_value)
+
+    def _queries(self, x: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        a = self.config
+        query = self.q_proj(x) if a.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        query = query.unflatten(-1, (a.num_attention_heads, a.qk_head_dim)).transpose(1, 2)
+        nope, rope = query.split((a.qk_nope_head_dim, a.qk_rope_head_dim), -1)
+        return nope, rotate(rope, table)
+
+    def _latent(self, x: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        a = self.config
+        latent, key_rope = self.kv_a_proj_with_mqa(x).split((a.kv_lora_rank, a.qk_rope_head_dim), -1)
+        return self.kv_a_layernorm(latent), rotate(key_rope, table)
+
+
+class GroupedAttention(nn.Module):
+    """Multi-head, grouped-query and multi-query attention: n_h, n_g or 1 heads of keys and values (V2 Table 1)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        a, d = config.attention, config.hidden_size
+        self.config: AttentionConfig = a
+        groups = a.key_value_heads
+        self.q_proj = nn.Linear(d, a.num_attention_heads * a.qk_head_dim, bias=False)
+        self.k_proj = nn.Linear(d, groups * a.qk_head_dim, bias=False)
+        self.v_proj = nn.Linear(d, groups * a.v_head_dim, bias=False)
+        self.o_proj = nn.Linear(a.num_attention_heads * a.v_head_dim, d, bias=False)
+        self.scale = 1 / math.sqrt(a.qk_head_dim)
+
+    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
+        """x (B, T, D) -> (B, T, D); with a cache, x holds the positions after the cached ones."""
+        a = self.config
+        query = self._rotated(self.q_proj(x), a.num_attention_heads, table)
+        key = self._rotated(self.k_proj(x), a.key_value_heads, table)
+        value = self.v_proj(x).unflatten(-1, (a.key_value_heads, -1)).transpose(1, 2)
+        if cache is not None:
+            key, value = cache.append(key, value)
+        return self.o_proj(softmax_attention(query, key, value, scale=self.scale).transpose(1, 2).flatten(2))
+
+    def _rotated(self, x: Tensor, heads: int, table: tuple[Tensor, Tensor]) -> Tensor:
+        a = self.config
+        nope, rope = x.unflatten(-1, (heads, a.qk_head_dim)).transpose(1, 2).split((a.qk_nope_head_dim, a.qk_rope_head_dim), -1)
+        return torch.cat((nope, rotate(rope, table)), -1)

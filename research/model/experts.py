@@ -1,0 +1,68 @@
+"""The routed experts: tokens sorted by expert once, then one grouped product per projection."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from research.config import MoEConfig
+from research.model.router import Routing
+
+
+class RoutedExperts(nn.Module):
+    """E SwiGLU experts of width F, held as two tensors.
+
+    gate_up_proj (E, 2F, D) holds each expert's gate rows, then its up rows; down_proj (E, D, F).
+    """
+
+    def __init__(self, hidden_size: int, config: MoEConfig) -> None:
+        super().__init__()
+        self.config = config
+        experts, width = config.n_routed_experts, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden_size, width))
+
+    def forward(self, x_MD: Tensor, routing: Routing) -> Tensor:
+        """sum over the kept choices of gate * expert(x): (M, D) -> (M, D)."""
+        return grouped_experts(x_MD, routing, self.gate_up_proj, self.down_proj)
+
+
+def grouped_experts(x_MD: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
+    """The fast form.  Assignments are sorted by expert; dropped ones are left out of the products.
+
+    The gate is applied to the hidden activations, the narrowest place of the path.
+    """
+    experts, chosen = gate_up.shape[0], routing.expert_ids_MK.shape[1]
+    expert = torch.where(routing.kept_MK, routing.expert_ids_MK, experts).flatten()
+    load = torch.bincount(expert, minlength=experts + 1)[:experts]
+    ends = load.cumsum(0)
+    order = expert.argsort(stable=True)[: int(ends[-1])]
+    token = order // chosen
+    hidden = _grouped_product(x_MD[token], gate_up, ends)
+    gate, up = hidden.chunk(2, -1)
+    activated = F.silu(gate) * up * routing.gates_MK.flatten()[order, None].to(hidden.dtype)
+    return torch.zeros_like(x_MD).index_add_(0, token, _grouped_product(activated, down, ends))
+
+
+def _grouped_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """rows (A, in) sorted by expert, weight (E, out, in), ends (E,) cumulative loads -> (A, out)."""
+    aligned = rows.shape[-1] * rows.element_size() % 16 == 0 and weight.shape[1] * rows.element_size() % 16 == 0
+    if aligned and rows.shape[0] and (rows.device.type == "cpu" or rows.dtype == torch.bfloat16):
+        return F.grouped_mm(rows, weight.to(rows.dtype).transpose(1, 2), offs=ends.to(torch.int32))
+    # Rows of odd width do not meet the kernel's 16-byte strides.
+    starts = [0, *ends.tolist()]
+    return torch.cat([rows[a:b] @ weight[e].to(rows.dtype).T for e, (a, b) in enumerate(zip(starts, starts[1:], strict=False))])
+
+
+def looped_experts(x_MD: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
+    """The slow twin and specification: one token and one choice at a time."""
+    rows = []
+    for token in range(x_MD.shape[0]):
+        total = torch.zeros_like(x_MD[token])
+        for choice in range(routing.expert_ids_MK.shape[1]):
+            if not routing.kept_MK[token, choice]:
+                continue
+            expert = int(routing.expert_ids_MK[token, choice])
+            gate, up = (gate_up[expert] @ x_MD[token]).chunk(2)
+            total = total + routing.gates_MK[token, choice] * (down[expert] @ (F.silu(gate) * up))
+        rows.append(total)
+    return torch.stack(rows)

@@ -1,0 +1,69 @@
+"""Who goes where: the gate's decision as a pure function.  Its slow twin is `research.routing_trace.select_experts`."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from research.config import MoEConfig
+
+
+class Routing(NamedTuple):
+    """The decision for M tokens in one MoE layer.
+
+    expert_ids_MK: chosen routed experts, best first.
+    gates_MK: their weights, softmax over all experts times `routed_scaling_factor`, 0 where dropped.
+    scores_ME: affinities s (V2 equation 22), softmax over all routed experts, float32.
+    kept_MK: False where device-level dropping took the assignment away.
+    """
+
+    expert_ids_MK: Tensor
+    gates_MK: Tensor
+    scores_ME: Tensor
+    kept_MK: Tensor
+
+
+def choose(scores_ME: Tensor, config: MoEConfig) -> Tensor:
+    """Device-limited top-K (V2 section 2.2.2): ids (M, K) of scores (M, E), best first.
+
+    The device_limit devices with the highest single affinity are kept, then the top K inside them.
+    """
+    devices, limit = config.expert_devices, config.device_limit
+    if limit is not None and limit < devices:
+        grouped = scores_ME.unflatten(-1, (devices, -1))
+        reachable = grouped.amax(-1).topk(limit, -1).indices
+        unreachable = torch.ones(grouped.shape[:-1], dtype=torch.bool, device=scores_ME.device).scatter_(-1, reachable, False)
+        scores_ME = grouped.masked_fill(unreachable[..., None], -math.inf).flatten(-2)
+    return scores_ME.topk(config.num_experts_per_tok, -1).indices
+
+
+def route(logits_ME: Tensor, config: MoEConfig) -> Routing:
+    """The gate (V2 equations 21 and 22), in float32 and without renormalisation over the chosen."""
+    scores = logits_ME.float().softmax(-1)
+    ids = choose(scores.detach(), config)
+    gates = scores.gather(-1, ids) * config.routed_scaling_factor
+    return Routing(ids, gates, scores, torch.ones_like(ids, dtype=torch.bool))
+
+
+def drop_over_capacity(routing: Routing, config: MoEConfig, protected_M: Tensor) -> Routing:
+    """Device-level token dropping (V2 section 2.2.4).
+
+    A device's budget is capacity_factor times the average load, in (token, expert) assignments.  Where
+    more arrive, those of lowest affinity are dropped until the budget is met.  Tokens of protected
+    sequences (`protected_M` true) are never dropped, though they take their share of the budget.
+    """
+    assert config.capacity_factor is not None
+    tokens, chosen = routing.expert_ids_MK.shape
+    budget = math.ceil(config.capacity_factor * tokens * chosen / config.expert_devices)
+    device = (routing.expert_ids_MK // config.experts_per_device).flatten()
+    affinity = routing.scores_ME.detach().gather(-1, routing.expert_ids_MK)
+    affinity = affinity.masked_fill(protected_M[:, None], math.inf).flatten()
+    by_affinity = affinity.argsort(descending=True, stable=True)
+    order = by_affinity[device[by_affinity].argsort(stable=True)]
+    load = torch.bincount(device, minlength=config.expert_devices)
+    start = load.cumsum(0) - load
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(order.numel(), device=order.device) - start[device[order]]
+    kept = (rank < budget).view(tokens, chosen) | protected_M[:, None]
+    return routing._replace(gates_MK=routing.gates_MK * kept, kept_MK=kept)

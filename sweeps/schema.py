@@ -1,0 +1,100 @@
+"""The contract between sweeps and reports: names, and nothing else.
+
+A study's root directory holds
+
+    study.yaml            the study as it was run, with everything resolved
+    study.journal         Optuna's storage
+    state.json            progress of the study, rewritten atomically
+    runs/<run>/           one directory per (variant, seed), <run> = "<trial>-<seed>"
+        run.json          RUN_KEYS: what the run is
+        config.json       the resolved research.config.RunConfig
+        metrics.jsonl     one object per record: "step", "tokens" and metrics by name
+        summary.json      SUMMARY_KEYS: how it ended
+        routing.npz       research.routing_trace.RoutingTrace
+        simulation.json   what the cluster model answered for it
+        checkpoint/       the last checkpoint
+    report/               the built report
+
+The same metrics, parameters, tags and artifacts are in MLflow, under the names below.
+"""
+
+from typing import Final
+
+SCHEMA_VERSION: Final = 1
+
+STUDY_FILE: Final = "study.yaml"
+JOURNAL_FILE: Final = "study.journal"
+STATE_FILE: Final = "state.json"
+RUNS_DIRECTORY: Final = "runs"
+REPORT_DIRECTORY: Final = "report"
+
+RUN_FILE: Final = "run.json"
+CONFIG_FILE: Final = "config.json"
+METRICS_FILE: Final = "metrics.jsonl"
+SUMMARY_FILE: Final = "summary.json"
+ROUTING_FILE: Final = "routing.npz"
+SIMULATION_FILE: Final = "simulation.json"
+CHECKPOINT_DIRECTORY: Final = "checkpoint"
+
+RUN_KEYS: Final = ("schema", "run", "study", "trial", "variant", "seed", "baseline", "parameters", "config_id", "commit")
+"""`parameters` maps each searched path (`model.moe.device_limit`) to its value; `variant` is a short
+readable label of them, the same for all seeds; `baseline` is true for the study's named baseline."""
+
+SUMMARY_KEYS: Final = ("schema", "state", "reason", "steps", "tokens", "seconds", "attempts", "metrics", "versions", "device")
+"""`state` is one of STATES, `reason` a sentence or null, `metrics` the final value of each metric."""
+
+FINISHED: Final = "finished"
+DIVERGED: Final = "diverged"
+PRUNED: Final = "pruned"
+FAILED: Final = "failed"
+STOPPED: Final = "stopped"
+STATES: Final = (FINISHED, DIVERGED, PRUNED, FAILED, STOPPED)
+
+# Metrics over steps (metrics.jsonl and MLflow).
+LOSS: Final = "train/loss"
+"""Cross-entropy in nats per token, without the balance losses."""
+BALANCE_EXPERT: Final = "train/balance_expert"
+BALANCE_DEVICE: Final = "train/balance_device"
+BALANCE_COMMUNICATION: Final = "train/balance_communication"
+"""Mean over layers of the sums in equations 23, 26 and 29 without their alphas: 1 is perfect balance."""
+GRADIENT_NORM: Final = "train/gradient_norm"
+LEARNING_RATE: Final = "train/learning_rate"
+TOKENS_PER_SECOND: Final = "train/tokens_per_second"
+DISTINCT_DEVICES: Final = "routing/distinct_devices_per_token"
+EXPERT_VIOLATION: Final = "routing/expert_violation"
+"""Maximal violation: (largest load - mean load) / mean load, over the experts, mean over layers."""
+DEVICE_VIOLATION: Final = "routing/device_violation"
+DROPPED_SHARE: Final = "routing/dropped_share"
+"""Share of the (token, expert) assignments of a training batch that were dropped."""
+BITS_PER_BYTE: Final = "validation/bits_per_byte"
+"""Held-out text, all domains by bytes; per domain: `validation/bits_per_byte/<domain>`."""
+
+# Final values (summary.json "metrics"), beside the last of each metric above.
+KV_BYTES_PER_TOKEN: Final = "model/kv_cache_bytes_per_token"
+TOTAL_PARAMETERS: Final = "model/total_parameters"
+ACTIVATED_PARAMETERS: Final = "model/activated_parameters"
+TRAIN_FLOPS_PER_TOKEN: Final = "model/train_flops_per_token"
+NGRAM_BITS_PER_BYTE: Final = "reference/order2_bits_per_byte"
+"""Held-out bits per byte of an interpolated order-2 model (two tokens of context) of the same training tokens."""
+DISPATCH_SECONDS: Final = "simulation/dispatch_seconds"
+COMBINE_SECONDS: Final = "simulation/combine_seconds"
+ALL_TO_ALL_SECONDS: Final = "simulation/all_to_all_seconds"
+"""Dispatch and combine of one MoE layer, on the study's cluster, routed as the trained model routes."""
+NVLINK_BYTES: Final = "simulation/nvlink_bytes"
+INFINIBAND_BYTES: Final = "simulation/infiniband_bytes"
+
+# MLflow tags.  Experiment = the study's name; parent run = the study; child run = (variant, seed).
+TAG_SCHEMA: Final = "moelab.schema"
+TAG_STUDY: Final = "moelab.study"
+TAG_QUESTION: Final = "moelab.question"
+TAG_ROLE: Final = "moelab.role"
+"""`study` for the parent run, `run` for a child."""
+TAG_VARIANT: Final = "moelab.variant"
+TAG_SEED: Final = "moelab.seed"
+TAG_TRIAL: Final = "moelab.trial"
+TAG_BASELINE: Final = "moelab.baseline"
+TAG_STATE: Final = "moelab.state"
+TAG_ATTEMPT: Final = "moelab.attempt"
+TAG_COMMIT: Final = "moelab.commit"
+TAG_CONFIG: Final = "moelab.config_id"
+TAG_ROOT: Final = "moelab.study_root"
