@@ -46,9 +46,10 @@ def grouped_experts(x_MD: Tensor, routing: Routing, gate_up: Tensor, down: Tenso
 def _grouped_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """rows (A, in) sorted by expert, weight (E, out, in), ends (E,) cumulative loads -> (A, out)."""
     aligned = rows.shape[-1] * rows.element_size() % 16 == 0 and weight.shape[1] * rows.element_size() % 16 == 0
-    if aligned and rows.shape[0] and (rows.device.type == "cpu" or rows.dtype == torch.bfloat16):
+    kernel = (torch.float32, torch.bfloat16) if rows.device.type == "cpu" else (torch.bfloat16,)
+    if aligned and rows.shape[0] and rows.dtype in kernel:
         return F.grouped_mm(rows, weight.to(rows.dtype).transpose(1, 2), offs=ends.to(torch.int32))
-    # Rows of odd width do not meet the kernel's 16-byte strides.
+    # Odd widths do not meet the kernel's 16-byte strides, and it knows no float64.
     starts = [0, *ends.tolist()]
     return torch.cat([rows[a:b] @ weight[e].to(rows.dtype).T for e, (a, b) in enumerate(zip(starts, starts[1:], strict=False))])
 

@@ -1,0 +1,54 @@
+"""Held-out text in bits per byte: comparable whatever the tokenizer."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from research.config import DataConfig
+from research.data.batches import heldout_batches
+from research.data.prepare import PreparedData
+from research.model.transformer import Transformer
+from research.training import records
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DomainScore:
+    """Summed code length of one domain's held-out tokens, and the bytes that they spell."""
+
+    bits: float
+    bytes: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.bits / self.bytes
+
+
+@torch.no_grad()
+def evaluate_domains(model: Transformer, data: PreparedData, config: DataConfig, max_tokens: int) -> dict[str, DomainScore]:
+    """Score every domain; nothing is dropped, windows do not overlap, a window's first token is context only."""
+    device = model.lm_head.weight.device
+    token_bytes = np.asarray(data.token_bytes())
+    scores = {}
+    for domain in data.domains:
+        bits, size = 0.0, 0
+        for window in heldout_batches(data, config, domain=domain, max_tokens=max_tokens):
+            ids = torch.from_numpy(np.ascontiguousarray(window)).to(device)
+            bits += float(_nats(model(ids[:, :-1]).logits, ids[:, 1:])) / math.log(2)
+            size += int(token_bytes[window[:, 1:]].sum())
+        scores[domain] = DomainScore(bits=bits, bytes=size)
+    return scores
+
+
+def _nats(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum").double()
+
+
+def score_metrics(scores: dict[str, DomainScore]) -> dict[str, float]:
+    """Metrics by name: each domain's, and all by bytes."""
+    metrics = {f"{records.BITS_PER_BYTE}/{domain}": score.bits_per_byte for domain, score in scores.items()}
+    metrics[records.BITS_PER_BYTE] = sum(s.bits for s in scores.values()) / sum(s.bytes for s in scores.values())
+    return metrics

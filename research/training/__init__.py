@@ -1,0 +1,1 @@
+"""Training: a loop of one page, its records, its checkpoints."""

@@ -1,0 +1,73 @@
+"""What a run reports while it goes, and the plain file that keeps it.
+
+The names are those of `sweeps/schema.py`; a test holds the two equal, since research may not import sweeps.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+LOSS = "train/loss"
+BALANCE_EXPERT = "train/balance_expert"
+BALANCE_DEVICE = "train/balance_device"
+BALANCE_COMMUNICATION = "train/balance_communication"
+GRADIENT_NORM = "train/gradient_norm"
+LEARNING_RATE = "train/learning_rate"
+TOKENS_PER_SECOND = "train/tokens_per_second"
+DISTINCT_DEVICES = "routing/distinct_devices_per_token"
+EXPERT_VIOLATION = "routing/expert_violation"
+DEVICE_VIOLATION = "routing/device_violation"
+DROPPED_SHARE = "routing/dropped_share"
+BITS_PER_BYTE = "validation/bits_per_byte"
+KV_BYTES_PER_TOKEN = "model/kv_cache_bytes_per_token"
+TOTAL_PARAMETERS = "model/total_parameters"
+ACTIVATED_PARAMETERS = "model/activated_parameters"
+TRAIN_FLOPS_PER_TOKEN = "model/train_flops_per_token"
+NGRAM_BITS_PER_BYTE = "reference/order2_bits_per_byte"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """Metrics by name after optimizer step `step`, when `tokens` training tokens had been seen."""
+
+    step: int
+    tokens: int
+    metrics: Mapping[str, float]
+
+
+class Recorder(Protocol):
+    """The first of the loop's two seams; the other is `should_stop(record) -> bool`."""
+
+    def record(self, record: Record) -> None: ...
+
+
+class JsonlRecorder:
+    """One JSON object per record, appended and flushed.
+
+    A resumed run goes back to its checkpoint and repeats, to the bit, steps that are in the file
+    already; those are skipped, so that each step stands there once.  A line cut short by a crash is
+    removed first.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.last_step = 0
+        if self.path.exists():
+            text = self.path.read_text(encoding="utf-8")
+            whole = text[: text.rfind("\n") + 1]
+            if whole != text:
+                os.truncate(self.path, len(whole.encode()))
+            if whole:
+                self.last_step = int(json.loads(whole.splitlines()[-1])["step"])
+
+    def record(self, record: Record) -> None:
+        if record.step <= self.last_step:
+            return
+        line = json.dumps({"step": record.step, "tokens": record.tokens, **record.metrics})
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        self.last_step = record.step

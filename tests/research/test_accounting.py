@@ -1,0 +1,79 @@
+"""Published sizes, and the closed forms against the module itself."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from research import accounting
+from research.config import AttentionConfig, ModelConfig, MoEConfig
+from research.model.cache import Cache
+from research.model.transformer import Transformer
+from research.presets import PRESETS, preset
+
+
+def test_deepseek_v2_is_what_the_paper_prints():
+    model = preset("deepseek-v2")
+    assert round(accounting.total_parameters(model) / 1e9, 3) == 235.741
+    assert round(accounting.activated_parameters(model) / 1e9, 3) == 20.852
+    assert accounting.kv_cache_elements_per_token(model) == 34_560
+    assert accounting.kv_cache_bytes_per_token(model, bits=6) == 25_920
+    assert round(accounting.train_flops_per_token(model, 4096) / 1e9, 1) == 155.3
+
+
+def test_deepseek_v2_lite_is_what_the_paper_prints():
+    model = preset("deepseek-v2-lite")
+    assert round(accounting.total_parameters(model) / 1e9, 3) == 15.706
+    assert round(accounting.activated_parameters(model) / 1e9, 3) == 2.451
+    assert accounting.kv_cache_elements_per_token(model) == 15_552
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_closed_form_counts_every_parameter_of_the_module(name):
+    model = preset(name)
+    with torch.device("meta"):
+        built = sum(p.numel() for p in Transformer(model).parameters())
+    assert built == accounting.total_parameters(model)
+
+
+@st.composite
+def models(draw):
+    devices = draw(st.sampled_from([1, 2, 3]))
+    heads = draw(st.sampled_from([2, 4, 6]))
+    attention = AttentionConfig(
+        kind=draw(st.sampled_from(["mla", "mha", "gqa", "mqa"])),
+        num_attention_heads=heads,
+        num_key_value_heads=2,
+        q_lora_rank=draw(st.sampled_from([None, 7])),
+        kv_lora_rank=draw(st.integers(1, 9)),
+        qk_nope_head_dim=draw(st.integers(1, 5)),
+        qk_rope_head_dim=2 * draw(st.integers(1, 3)),
+        v_head_dim=draw(st.integers(1, 7)),
+    )
+    moe = MoEConfig(
+        n_routed_experts=devices * 4,
+        num_experts_per_tok=draw(st.integers(1, 4)),
+        moe_intermediate_size=draw(st.integers(1, 5)),
+        n_shared_experts=draw(st.integers(0, 2)),
+        first_k_dense_replace=draw(st.integers(0, 2)),
+        expert_devices=devices,
+    )
+    return ModelConfig(
+        vocab_size=11,
+        hidden_size=draw(st.integers(3, 9)),
+        num_hidden_layers=3,
+        intermediate_size=5,
+        attention=attention,
+        moe=draw(st.sampled_from([None, moe])),
+        tie_word_embeddings=draw(st.booleans()),
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(models())
+def test_closed_forms_of_random_models(model):
+    with torch.device("meta"):
+        built = Transformer(model)
+    assert sum(p.numel() for p in built.parameters()) == accounting.total_parameters(model)
+    cache = Cache.allocate(model, 2, 5, dtype=torch.bfloat16, device="meta")
+    assert cache.allocated_bytes == 2 * 5 * accounting.kv_cache_bytes_per_token(model, bits=16)
