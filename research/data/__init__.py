@@ -1,0 +1,1 @@
+"""Real text, tokens and batches: pinned archives in, deterministic batches out."""
