@@ -83,7 +83,7 @@ def _scaled(hidden: int, layers: int, heads: int, head: int, experts: int, exper
             device_limit=3,
             capacity_factor=1.0,
         ),
-        initializer_range=0.02,
+        initializer_range=round(0.006 * (5120 / hidden) ** 0.5, 4),
     )
 
 

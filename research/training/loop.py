@@ -146,7 +146,7 @@ def _optimizer_step(model: Transformer, optimizer: torch.optim.AdamW, config: Ru
             for losses in balance.values():
                 loss = loss + losses.weighted(config.model.moe.balance)
         (loss * share).backward()
-        total += float(language) * share
+        total += float(language.detach()) * share
         if config.model.moe is not None and balance:
             found = routing_metrics(out.routings, balance, config.model.moe)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), training.optimizer.gradient_clip)

@@ -1,0 +1,11 @@
+"""sims: the cluster that a model would be trained and served on.  `python -m sims --help`.
+
+`simulate(AllToAll(...), trace)` answers with seconds, bytes on every link, and who waited for whom.
+"""
+
+from sims.all_to_all import AllToAll, simulate
+from sims.cluster import Cluster, load_cluster
+from sims.result import Result
+from sims.routing import reroute, synthetic_trace
+
+__all__ = ["AllToAll", "Cluster", "Result", "load_cluster", "reroute", "simulate", "synthetic_trace"]
