@@ -9,7 +9,6 @@ import difflib
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import UnionType
 from typing import Any, TypeVar, cast
 
 import yaml
@@ -91,7 +90,7 @@ def resolve_model(model: Any, source: str) -> dict[str, Any]:
         return _copy(rest)
     name = model["preset"]
     if name not in PRESETS:
-        raise ConfigError(f"{source}: model.preset = {name!r}: no such preset{_nearest(str(name), PRESETS)}")
+        raise ConfigError(f"{source}: model.preset = {name!r}: no such preset{nearest(str(name), PRESETS)}")
     return merge(dataclasses.asdict(preset(name)), rest)
 
 
@@ -123,15 +122,12 @@ def _copy(value: Any) -> Any:
 
 def _dataclass_in(hint: Any) -> Any:
     """The dataclass inside `X`, `X | None` or `list[X]`, if there is one."""
-    for candidate in (hint, *typing.get_args(hint)):
-        if dataclasses.is_dataclass(candidate):
-            return candidate
-        if isinstance(candidate, UnionType):
-            return _dataclass_in(candidate)
-    return None
+    if dataclasses.is_dataclass(hint):
+        return hint
+    return next((found for inner in typing.get_args(hint) if (found := _dataclass_in(inner))), None)
 
 
-def _nearest(name: str, choices: Iterable[str]) -> str:
+def nearest(name: str, choices: Iterable[str]) -> str:
     names = list(choices)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(sorted(names))}"
@@ -146,7 +142,7 @@ def _sentence(cls: Any, item: Any, source: str) -> str:
         for part in location[:-1]:
             owner = _dataclass_in(typing.get_type_hints(owner).get(part)) if owner else None
         choices = [f.name for f in dataclasses.fields(owner)] if owner else []
-        return f"{source}: {path} = {value!r}: unknown key{_nearest(location[-1], choices)}"
+        return f"{source}: {path} = {value!r}: unknown key{nearest(location[-1], choices)}"
     if item["type"] in ("missing", "missing_argument"):
         return f"{source}: {path}: is missing and has no default"
     message = cast(str, item["msg"]).removeprefix("Value error, ")

@@ -1,0 +1,339 @@
+"""The driver owns a study: it alone asks Optuna, starts runs, writes the root and MLflow.
+
+`run` and `resume` are one path.  Whatever the root says is finished stays finished; what was running
+goes on from its checkpoint under its number.
+"""
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+from optuna.trial import Trial
+
+from research import config as run_config
+from research.atomic import write_text
+from research.data.prepare import prepare
+from research.errors import ConfigError, UserError
+from research.training.checkpoint import differences
+from sweeps import schema
+from sweeps.executors import Event, Executor
+from sweeps.search import Search
+from sweeps.study import Study, label
+from sweeps.tracking import Tracker, tracking_uri
+from sweeps.trial import Job, failed_summary, write_summary
+
+MAX_ATTEMPTS = 3
+TURN_SECONDS = 0.2
+STATE_SECONDS = 2.0
+SYNC_SECONDS = 5.0
+ALIKE_FAILURES = 3
+
+
+class StudyBusyError(UserError):
+    """Another driver holds the study."""
+
+
+class Driver:
+    """One study on one executor; `run()` returns the state it ended in."""
+
+    def __init__(
+        self,
+        study: Study,
+        root: Path,
+        executor: Callable[[Study, int], Executor],
+        announce: Callable[[str], None],
+        function: str = "sweeps.trial:run_trial",
+    ) -> None:
+        self.study, self.root, self.announce, self.function = study, root, announce, function
+        self.make_executor = executor
+        self.commit = _commit()
+        self.runs: dict[str, dict[str, Any]] = {}
+        self.states: dict[str, dict[str, Any]] = {}
+        self.trials: dict[int, Trial] = {}
+        self.queue: list[str] = []
+        self.stopping = False
+        self.halt: str | None = None
+        self.started = datetime.now(UTC).isoformat(timespec="seconds")
+
+    def run(self) -> str:
+        """Until everything is done, or until a signal asks to stop.  StudyBusyError, ConfigError, DataError."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        with lease(self.root):
+            self._same_study()
+            prepare(self.study.run_config(self.study.baseline, self.study.seeds[0]).data, self.announce)
+            self.search = Search(self.study, self.root)
+            self.tracker = Tracker(self.study, self.root, self.commit)
+            executor = self.make_executor(self.study, self.search.total * len(self.study.seeds))
+            previous = self._take_signals()
+            try:
+                return self._loop(executor)
+            finally:
+                executor.close()
+                for number, handler in previous.items():
+                    signal.signal(number, handler)
+
+    def _loop(self, executor: Executor) -> str:
+        self.announce(f"{self.search.total} variants x {len(self.study.seeds)} seeds on {executor.workers} workers; root {self.root}")
+        told_to_stop = False
+        wrote = synced = 0.0
+        while True:
+            while not self.stopping and executor.free() and (run := self._next()):
+                executor.start(self._job(run))
+            for event in executor.poll():
+                self._take(event)
+            if self.stopping and not told_to_stop:
+                executor.request_stop()
+                told_to_stop = True
+                self.announce("stopping: every run writes a checkpoint first")
+            now = time.monotonic()
+            if now - wrote > STATE_SECONDS:
+                self._write_state("running")
+                wrote = now
+            if now - synced > SYNC_SECONDS:
+                self._sync()
+                synced = now
+            running = any(s["state"] == "running" for s in self.states.values())
+            if not running and (self.stopping or not (self.queue or self._fill())):
+                break
+            time.sleep(TURN_SECONDS)
+        return self._end()
+
+    def _next(self) -> str | None:
+        """A run to start: of the trials asked for already, or of a newly asked one."""
+        if not self.queue:
+            self._fill()
+        return self.queue.pop(0) if self.queue else None
+
+    def _fill(self) -> bool:
+        """Ask for trials until one has a run to do; trials that the root already finished are told at once."""
+        while not self.queue:
+            if self.halt or (trial := self.search.ask()) is None:
+                return False
+            cell = dict(trial.params)
+            try:
+                configs = {seed: self.study.run_config(cell, seed) for seed in self.study.seeds}
+            except ConfigError as error:
+                self.announce(f"trial {trial.number}: {error}")
+                self.search.impossible(trial, str(error))
+                continue
+            self.trials[trial.number] = trial
+            for seed, config in configs.items():
+                self._plan_run(trial.number, seed, cell, config)
+            self._tell_if_done(trial.number)
+        return True
+
+    def _plan_run(self, number: int, seed: int, cell: dict[str, Any], config: run_config.RunConfig) -> None:
+        run = f"{number:03d}-{seed}"
+        directory = self.root / schema.RUNS_DIRECTORY / run
+        about = {
+            "schema": schema.SCHEMA_VERSION,
+            "run": run,
+            "study": self.study.name,
+            "trial": number,
+            "variant": label(cell, self.study.baseline),
+            "seed": seed,
+            "baseline": cell == {path: self.study.baseline[path] for path in cell},
+            "parameters": cell,
+            "config_id": run_config.config_id(config),
+            "commit": self.commit,
+        }
+        summary = _json(directory / schema.SUMMARY_FILE)
+        if not (directory / schema.RUN_FILE).exists():
+            write_text(directory / schema.CONFIG_FILE, json.dumps(run_config.to_dict(config), indent=1))
+            write_text(directory / schema.RUN_FILE, json.dumps(about, indent=1))
+        self.runs[run] = about
+        attempts = _json(directory / "attempts.json").get("attempts", 0)
+        self.states[run] = {"state": "waiting", "attempts": attempts, "reason": None}
+        if summary and summary["state"] != schema.STOPPED:
+            self.states[run] = {"state": summary["state"], "attempts": summary["attempts"], "reason": summary["reason"]}
+        else:
+            self.queue.append(run)
+
+    def _job(self, run: str) -> Job:
+        directory = self.root / schema.RUNS_DIRECTORY / run
+        state, config = self.states[run], _json(directory / schema.CONFIG_FILE)
+        state |= {"state": "running", "attempts": state["attempts"] + 1}
+        write_text(directory / "attempts.json", json.dumps({"attempts": state["attempts"]}))
+        spec = None
+        if config["model"]["moe"] is not None:
+            whole = self.study.run_config(self.runs[run]["parameters"], self.runs[run]["seed"])
+            spec = run_config.to_dict(self.study.all_to_all(whole))
+        self.announce(f"{run} starts: {self.runs[run]['variant']}, seed {self.runs[run]['seed']}")
+        return Job(
+            run=run,
+            directory=str(directory),
+            config=config,
+            all_to_all=spec,
+            attempt=state["attempts"],
+            threads=self.study.resources.cpus_per_worker,
+            function=self.function,
+        )
+
+    def _take(self, event: Event) -> None:
+        state, directory = self.states[event.run], self.root / schema.RUNS_DIRECTORY / event.run
+        if event.kind == "said":
+            self.announce(f"{event.run} {event.text}")
+            return
+        if event.kind == "died" and state["attempts"] < MAX_ATTEMPTS and not self.stopping:
+            self.announce(f"{event.run} worker died ({event.text}); attempt {state['attempts'] + 1} goes on from the last checkpoint")
+            state["state"] = "waiting"
+            self.queue.insert(0, event.run)
+            return
+        if event.kind == "died" and self.stopping:
+            state["state"] = "waiting"
+            return
+        if event.kind in ("died", "error"):
+            summary = failed_summary(event.text, state["attempts"])
+            write_summary(directory, summary)
+        else:
+            assert event.summary is not None
+            summary = event.summary
+        state |= {"state": summary["state"], "reason": summary["reason"]}
+        value = summary["metrics"].get(self.study.objectives[0].metric)
+        shown = f", {self.study.objectives[0].metric} {value:.4g}" if value is not None and summary["state"] == schema.FINISHED else ""
+        reason = f": {str(summary['reason']).strip().splitlines()[-1]}" if summary["reason"] else ""
+        self.announce(f"{event.run} {summary['state']}{shown}{reason}  ({self._done()} of {self.search.total * len(self.study.seeds)} runs)")
+        if summary["state"] != schema.STOPPED:
+            self._tell_if_done(self.runs[event.run]["trial"])
+        self._halt_if_all_fail()
+
+    def _tell_if_done(self, number: int) -> None:
+        runs = [run for run, about in self.runs.items() if about["trial"] == number]
+        if number in self.trials and all(self.states[run]["state"] in schema.STATES and self.states[run]["state"] != schema.STOPPED for run in runs):
+            self.search.tell(self.trials.pop(number), [_json(self.root / schema.RUNS_DIRECTORY / run / schema.SUMMARY_FILE) for run in runs])
+
+    def _halt_if_all_fail(self) -> None:
+        """When the first runs all fail with the same last line it is the study that is wrong."""
+        ended = [s for s in self.states.values() if s["state"] in schema.STATES]
+        last = {str(s["reason"]).strip().splitlines()[-1] for s in ended if s["state"] == schema.FAILED}
+        if len(ended) >= ALIKE_FAILURES and all(s["state"] == schema.FAILED for s in ended) and len(last) == 1:
+            self.halt = f"the first {len(ended)} runs failed alike: {last.pop()}"
+            self.queue.clear()
+
+    def _done(self) -> int:
+        return sum(s["state"] in schema.STATES and s["state"] != schema.STOPPED for s in self.states.values())
+
+    def _sync(self, *, final: bool = False) -> None:
+        was = self.tracker.behind
+        self.tracker.sync(self.runs, final=final)
+        if self.tracker.behind and not was:
+            self.announce(f"MLflow cannot be reached ({self.tracker.behind}); training goes on, what is missing is sent later")
+        elif was and not self.tracker.behind:
+            self.announce("MLflow is back; everything has been sent")
+
+    def _end(self) -> str:
+        failed = [run for run, s in self.states.items() if s["state"] in (schema.FAILED, schema.DIVERGED)]
+        planned = self.search.total * len(self.study.seeds)
+        if self.halt:
+            state = "finished-with-failures"
+            self.announce(f"stopped early: {self.halt}")
+        elif self.stopping and self._done() < planned:
+            state = schema.STOPPED
+        else:
+            state = "finished-with-failures" if failed else "finished"
+        # Ended runs are few; the last turn must not be skipped because an earlier one failed.
+        self._known_runs()
+        self._sync(final=True)
+        self.tracker.finish(state, self._note(state))
+        self._write_state(state)
+        return state
+
+    def _known_runs(self) -> None:
+        """Runs of an earlier driver that this one did not have to touch."""
+        for path in sorted((self.root / schema.RUNS_DIRECTORY).glob(f"*/{schema.RUN_FILE}")):
+            summary = _json(path.with_name(schema.SUMMARY_FILE))
+            if path.parent.name not in self.runs and summary:
+                self.runs[path.parent.name] = _json(path)
+                self.states[path.parent.name] = {"state": summary["state"], "attempts": summary["attempts"], "reason": summary["reason"]}
+
+    def _note(self, state: str) -> str:
+        metric = self.study.objectives[0].metric
+        table: dict[str, list[float]] = {}
+        for run, about in self.runs.items():
+            value = _json(self.root / schema.RUNS_DIRECTORY / run / schema.SUMMARY_FILE).get("metrics", {}).get(metric)
+            if value is not None:
+                table.setdefault(about["variant"], []).append(value)
+        rows = [f"| {variant} | {sum(v) / len(v):.4f} | {len(v)} |" for variant, v in sorted(table.items(), key=lambda item: sum(item[1]) / len(item[1]))]
+        return "\n".join([f"# {self.study.question}", "", f"State: {state}.", "", f"| variant | mean {metric} | seeds |", "|---|---|---|", *rows])
+
+    def _same_study(self) -> None:
+        """Refuse a study that differs from the one in the root in more than its means."""
+        path, now = self.root / schema.STUDY_FILE, run_config.to_dict(self.study)
+        if path.exists():
+            before = yaml.safe_load(path.read_text(encoding="utf-8"))
+            changed = [d for d in differences(before, now) if not d.startswith(("resources.", "search.trials"))]
+            if changed:
+                raise ConfigError(f"{path}: is of another study; changed since: {'; '.join(changed)}. Give it another name or --root, or remove the root")
+        write_text(path, yaml.safe_dump(now, sort_keys=False, allow_unicode=True))
+
+    def _write_state(self, state: str) -> None:
+        self._known_runs()
+        about = {
+            "schema": schema.SCHEMA_VERSION,
+            "study": self.study.name,
+            "state": state,
+            "started": self.started,
+            "updated": datetime.now(UTC).isoformat(timespec="seconds"),
+            "runs": dict(sorted(self.states.items())),
+            "planned": self.search.total * len(self.study.seeds),
+            "mlflow_tracking_uri": tracking_uri(),
+            "mlflow_behind": self.tracker.behind,
+            "commit": self.commit,
+            "versions": {name: version(name) for name in ("torch", "ray", "optuna", "mlflow", "simpy", "numpy", "tokenizers")} | {"python": platform.python_version()},
+        }
+        write_text(self.root / schema.STATE_FILE, json.dumps(about, indent=1))
+
+    def _take_signals(self) -> dict[int, Any]:
+        """After Ray's start, which installs its own."""
+
+        def stop(number: int, frame: Any) -> None:
+            self.stopping = True
+
+        return {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+
+
+@contextmanager
+def lease(root: Path) -> Iterator[None]:
+    """One driver per study: the lock goes with the process, however it ends."""
+    lock = FileLock(root / ".driver.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        holder = _json(root / "driver.json")
+        raise StudyBusyError(
+            f"{root}: is being run by process {holder.get('pid')} on {holder.get('host')}; wait for it, or `python -m sweeps stop {root.name}`"
+        ) from None
+    try:
+        write_text(root / "driver.json", json.dumps({"pid": os.getpid(), "host": platform.node(), "job": os.environ.get("RAY_JOB_ID")}))
+        yield
+    finally:
+        lock.release()
+
+
+def _commit() -> str:
+    """The commit that runs: from the submitter's environment in a Ray job, which has no .git, else from git."""
+    if given := os.environ.get("MOELAB_COMMIT"):
+        return given
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return value

@@ -1,0 +1,202 @@
+"""Where runs are computed: `RayExecutor` in long-lived actors, `InlineExecutor` in this process.
+
+Both are asked in turns: `free()` slots, `start(job)`, `poll()` for what happened, `request_stop()`.
+"""
+
+import os
+import threading
+import time
+import traceback
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from research.errors import ConfigError, UserError
+from sweeps import trial
+from sweeps.study import Resources
+from sweeps.trial import Job
+
+START_SECONDS = 120.0
+POLL_SECONDS = 60.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Event:
+    """`said`: a line of progress.  `done`: a summary.  `error`: the run's own traceback.  `died`: the worker is gone."""
+
+    run: str
+    kind: Literal["said", "done", "error", "died"]
+    text: str = ""
+    summary: dict[str, Any] | None = None
+
+
+class Executor(Protocol):
+    @property
+    def workers(self) -> int: ...
+    def free(self) -> int: ...
+    def start(self, job: Job) -> None: ...
+    def poll(self) -> list[Event]: ...
+    def request_stop(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class Worker:
+    """Runs one job at a time in a thread and answers questions meanwhile.  Becomes a Ray actor as it is."""
+
+    def __init__(self, core: int | None = None) -> None:
+        # One worker, one core: a thread that shares its core with another's stalls both.
+        if core is not None and hasattr(os, "sched_setaffinity"):
+            allowed = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(0, {allowed[core % len(allowed)]})
+        self._stop = threading.Event()
+        self._said: deque[str] = deque()
+        self._done: dict[str, Any] | None = None
+        self._error: str | None = None
+
+    def start(self, job: Job) -> int:
+        """Begin; the worker's process id comes back."""
+        self._done, self._error = None, None
+        threading.Thread(target=self._run, args=(job,), daemon=True).start()
+        return os.getpid()
+
+    def _run(self, job: Job) -> None:
+        try:
+            self._done = trial.call(job, self._stop.is_set, self._said.append)
+        except UserError as error:
+            self._error = str(error)
+        except BaseException:
+            self._error = traceback.format_exc()
+
+    def poll(self) -> tuple[list[str], dict[str, Any] | None, str | None]:
+        """Lines said since the last question, the summary if done, the traceback if failed."""
+        said = [self._said.popleft() for _ in range(len(self._said))]
+        return said, self._done, self._error
+
+    def request_stop(self) -> None:
+        self._stop.set()
+
+
+def _events(run: str, answer: tuple[list[str], dict[str, Any] | None, str | None]) -> list[Event]:
+    said, done, error = answer
+    found = [Event(run=run, kind="said", text=line) for line in said]
+    if done is not None:
+        found.append(Event(run=run, kind="done", summary=done))
+    if error is not None:
+        found.append(Event(run=run, kind="error", text=error))
+    return found
+
+
+class InlineExecutor:
+    """No Ray: one worker in this process, for debugging."""
+
+    workers = 1
+
+    def __init__(self) -> None:
+        self._worker = Worker()
+        self._run: str | None = None
+
+    def free(self) -> int:
+        return 0 if self._run else 1
+
+    def start(self, job: Job) -> None:
+        self._run = job.run
+        self._worker.start(job)
+
+    def poll(self) -> list[Event]:
+        if self._run is None:
+            return []
+        events = _events(self._run, self._worker.poll())
+        if any(event.kind in ("done", "error") for event in events):
+            self._run = None
+        return events
+
+    def request_stop(self) -> None:
+        self._worker.request_stop()
+
+    def close(self) -> None:
+        pass
+
+
+class RayExecutor:
+    """Actors on a cluster that is there ($RAY_ADDRESS, or the job's own), or on a local Ray of this machine.
+
+    `max_restarts=0`: a worker that dies is seen, counted and replaced here, with its cause.
+    """
+
+    def __init__(self, resources: Resources, runs: int) -> None:
+        import ray  # noqa: PLC0415  (seconds; only a run that uses it pays)
+
+        self._ray = ray
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        address = os.environ.get("RAY_ADDRESS")
+        if not ray.is_initialized():
+            if address or os.environ.get("RAY_JOB_ID"):
+                ray.init(address=address or "auto", log_to_driver=False, logging_level="ERROR")
+            else:
+                ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        total = ray.cluster_resources()
+        gpus, cpus = total.get("GPU", 0.0), int(total.get("CPU", 0))
+        self._gpus = resources.gpus_per_worker if gpus else 0.0
+        fits = cpus // resources.cpus_per_worker
+        if self._gpus:
+            fits = min(fits, int(gpus / self._gpus + 1e-9))
+        wanted = min(fits, runs) if resources.workers == "auto" else min(resources.workers, runs)
+        if wanted < 1 or wanted > fits:
+            raise ConfigError(
+                f"resources: {resources.workers} workers of {resources.cpus_per_worker} CPUs and {self._gpus:g} GPUs do not fit on "
+                f"{cpus} CPUs and {gpus:g} GPUs; room for {fits}"
+            )
+        local = len([n for n in ray.nodes() if n["Alive"]]) == 1
+        self._pin = local and not self._gpus and resources.cpus_per_worker == 1 and wanted <= (os.cpu_count() or 1)
+        self._cpus = resources.cpus_per_worker
+        self._actors: list[Any] = [self._actor(i) for i in range(wanted)]
+        self._runs: list[str | None] = [None] * wanted
+        ray.get([a.poll.remote() for a in self._actors], timeout=START_SECONDS)
+
+    @property
+    def workers(self) -> int:
+        return len(self._actors)
+
+    def _actor(self, index: int) -> Any:
+        threads = {"OMP_NUM_THREADS": str(self._cpus), "TOKENIZERS_PARALLELISM": "false"}
+        options = {"num_cpus": self._cpus, "num_gpus": self._gpus, "max_restarts": 0, "runtime_env": {"env_vars": threads}}
+        return self._ray.remote(Worker).options(**options).remote(index if self._pin else None)
+
+    def free(self) -> int:
+        return sum(run is None for run in self._runs)
+
+    def start(self, job: Job) -> None:
+        index = self._runs.index(None)
+        self._runs[index] = job.run
+        self._actors[index].start.remote(job)
+
+    def poll(self) -> list[Event]:
+        events = []
+        for index, run in enumerate(self._runs):
+            if run is None:
+                continue
+            try:
+                found = _events(run, self._ray.get(self._actors[index].poll.remote(), timeout=POLL_SECONDS))
+            except (self._ray.exceptions.RayError, TimeoutError) as error:
+                self._ray.kill(self._actors[index])
+                found = [Event(run=run, kind="died", text=_first_lines(error))]
+                self._actors[index] = self._actor(index)
+            if any(event.kind != "said" for event in found):
+                self._runs[index] = None
+            events += found
+        return events
+
+    def request_stop(self) -> None:
+        for actor in self._actors:
+            actor.request_stop.remote()
+
+    def close(self) -> None:
+        for actor in self._actors:
+            self._ray.kill(actor)
+        self._ray.shutdown()
+        time.sleep(0)
+
+
+def _first_lines(error: BaseException) -> str:
+    text = f"{type(error).__name__}: {error}".strip()
+    return " ".join(text.split())[:500]

@@ -1,0 +1,83 @@
+"""Optuna, asked and told by one driver, stored in a journal: which cell next, and what came of it."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import Trial, TrialState
+
+from sweeps import schema
+from sweeps.space import cells, distribution
+from sweeps.study import Study
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+CELLS_ENQUEUED = "cells_enqueued"
+
+
+class Search:
+    """Trials are configurations.  Those that were running when a driver died are handed out again under their number."""
+
+    def __init__(self, study: Study, root: Path) -> None:
+        self.study = study
+        designed = study.search.sampler in ("one-factor", "grid")
+        sampler: optuna.samplers.BaseSampler
+        if study.search.sampler == "tpe":
+            sampler = optuna.samplers.TPESampler(seed=study.search.seed, multivariate=True, constant_liar=True, n_startup_trials=8)
+        else:
+            sampler = optuna.samplers.RandomSampler(seed=study.search.seed)
+        self._optuna = optuna.create_study(
+            study_name=study.name,
+            storage=JournalStorage(JournalFileBackend(str(root / schema.JOURNAL_FILE))),
+            sampler=sampler,
+            directions=[o.direction for o in study.objectives],
+            load_if_exists=True,
+        )
+        self._distributions = {path: distribution(choices) for path, choices in study.space.items()}
+        designed_cells = cells(study) if designed else [{path: study.baseline[path] for path in study.space}]
+        self.total = len(designed_cells) if designed else (study.search.trials or 1)
+        if not self._optuna.user_attrs.get(CELLS_ENQUEUED):
+            for cell in designed_cells:
+                self._optuna.enqueue_trial(cell, skip_if_exists=True)
+            self._optuna.set_user_attr(CELLS_ENQUEUED, True)
+        frozen = self._optuna.get_trials(deepcopy=False)
+        self._adopted = [Trial(self._optuna, t._trial_id) for t in frozen if t.state == TrialState.RUNNING]
+        self._asked = sum(t.state != TrialState.WAITING for t in frozen) - len(self._adopted)
+
+    def ask(self) -> Trial | None:
+        """The next trial, or None when all have been asked for."""
+        if self._adopted:
+            self._asked += 1
+            trial = self._adopted.pop(0)
+            if set(trial.params) != set(self._distributions):
+                for path, choices in self._distributions.items():
+                    trial._suggest(path, choices)
+            return trial
+        if self._asked >= self.total:
+            return None
+        self._asked += 1
+        return self._optuna.ask(self._distributions)
+
+    def tell(self, trial: Trial, summaries: Sequence[dict[str, Any]]) -> None:
+        """The mean over the seeds that finished; PRUNED if any diverged, FAIL if none finished or a metric is missing."""
+        states = [s["state"] for s in summaries]
+        trial.set_user_attr("states", json.dumps(states))
+        if schema.DIVERGED in states:
+            self._optuna.tell(trial, state=TrialState.PRUNED)
+            return
+        finished = [s["metrics"] for s in summaries if s["state"] == schema.FINISHED]
+        columns = [[m[o.metric] for m in finished if o.metric in m] for o in self.study.objectives]
+        if not finished or any(len(column) != len(finished) for column in columns):
+            self._optuna.tell(trial, state=TrialState.FAIL)
+            return
+        for objective, column in zip(self.study.objectives, columns, strict=True):
+            trial.set_user_attr(f"seeds:{objective.metric}", column)
+        self._optuna.tell(trial, [sum(column) / len(column) for column in columns])
+
+    def impossible(self, trial: Trial, reason: str) -> None:
+        """A drawn cell that no model can have: told as failed with its reason, never with a number."""
+        trial.set_user_attr("impossible", reason)
+        self._optuna.tell(trial, state=TrialState.FAIL)
