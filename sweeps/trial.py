@@ -1,40 +1,96 @@
-"""The trial function: one run, trained.  The only place where a sweep meets torch.
+"""One run, wherever it is computed: the trial function, and what stands in the run's directory afterwards.
 
-Any function of this shape can take its place (`--trial package.module:function`): it gets the run
-configuration as a plain dict, a directory to keep its files in, a callback for each record, and a
-question to ask after it; it returns how it ended.  Called again on the same directory it goes on.
+Any function with the signature of `run_trial` can take its place (`Job.function`): it gets the run's
+configuration as a plain dict, a directory of its own, a callback for each record and a question to
+ask after it, and returns how the run ended.  Called again on the same directory it goes on.
 """
 
+import importlib
+import json
+import os
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
+from filelock import FileLock, Timeout
 
+from research.atomic import write_text
 from research.configfile import load_run_config
-from research.training.loop import train
-from research.training.records import JsonlRecorder, Record
+from research.routing_trace import RoutingTrace
+from sims import AllToAll, Result, reroute, simulate
 from sweeps import schema
 
+LOCK_SECONDS = 60.0
+SAY_SECONDS = 15.0
 
-class _Reporter:
-    """Keeps each record in metrics.jsonl and tells the worker of it."""
-
-    def __init__(self, directory: Path, report: Callable[[Mapping[str, float]], None]) -> None:
-        self.file = JsonlRecorder(directory / schema.METRICS_FILE)
-        self.report = report
-
-    def record(self, record: Record) -> None:
-        self.file.record(record)
-        self.report({"step": record.step, "tokens": record.tokens, **record.metrics})
+Report = Callable[[Mapping[str, float]], None]
 
 
-def run_trial(
-    config: Mapping[str, Any], directory: Path, report: Callable[[Mapping[str, float]], None], should_stop: Callable[[], bool]
-) -> dict[str, Any]:
-    """Train, or go on training, in `directory`; writes metrics.jsonl, checkpoint/ and routing.npz there."""
-    run = load_run_config(config)
-    result = train(run, directory, _Reporter(directory, report), lambda record: should_stop())
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One attempt at one run."""
+
+    run: str
+    directory: str
+    config: dict[str, Any]
+    all_to_all: dict[str, Any] | None
+    """The simulation of its routing; None for a model without routed experts."""
+    attempt: int = 1
+    threads: int = 1
+    function: str = "sweeps.trial:run_trial"
+
+
+def call(job: Job, should_stop: Callable[[], bool], say: Callable[[str], None]) -> dict[str, Any]:
+    """Train, simulate, and write summary.json; the summary comes back.  Whatever the trial function raises goes through.
+
+    The run's directory is locked meanwhile: a worker that outlived its driver cannot write beside its successor.
+    """
+    os.environ["OMP_NUM_THREADS"] = str(job.threads)  # torch reads it when it is imported
+    directory = Path(job.directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    module, _, name = job.function.partition(":")
+    try:
+        with FileLock(directory / ".lock", timeout=LOCK_SECONDS):
+            found = getattr(importlib.import_module(module), name)(job.config, directory, _sayer(say), should_stop)
+            metrics = dict(found["metrics"])
+            if found["state"] == schema.FINISHED and job.all_to_all is not None:
+                metrics |= simulate_run(directory, AllToAll(**job.all_to_all))
+            summary = {
+                "schema": schema.SCHEMA_VERSION,
+                "state": found["state"],
+                "reason": found["reason"],
+                "steps": found["steps"],
+                "tokens": found["tokens"],
+                "seconds": found["seconds"],
+                "attempts": job.attempt,
+                "metrics": metrics,
+                "versions": _versions(),
+                "device": found.get("device", "cpu"),
+            }
+            write_summary(directory, summary)
+    except Timeout as error:
+        raise RuntimeError(f"{directory}: another worker has been training this run for {LOCK_SECONDS:.0f} s") from error
+    return summary
+
+
+def run_trial(config: Mapping[str, Any], directory: Path, report: Report, should_stop: Callable[[], bool]) -> dict[str, Any]:
+    """Train for real; writes metrics.jsonl, checkpoint/ and routing.npz into `directory`."""
+    import torch  # noqa: PLC0415  (the driver imports this module and must not pay for torch)
+
+    from research.training.loop import train  # noqa: PLC0415
+    from research.training.records import JsonlRecorder, Record  # noqa: PLC0415
+
+    file = JsonlRecorder(directory / schema.METRICS_FILE)
+
+    class Both:
+        def record(self, record: Record) -> None:
+            file.record(record)
+            report({"step": record.step, "tokens": record.tokens, **record.metrics})
+
+    result = train(load_run_config(config), directory, Both(), lambda record: should_stop())
     if result.trace is not None:
         result.trace.save(directory / schema.ROUTING_FILE)
     return {
@@ -46,3 +102,67 @@ def run_trial(
         "metrics": dict(result.metrics),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
+
+
+def simulate_run(directory: Path, spec: AllToAll) -> dict[str, float]:
+    """Write simulation.json: the run as it routes, and re-routed under every device limit that holds K experts; metrics of the first."""
+    path = directory / schema.ROUTING_FILE
+    if not path.exists():
+        return {}
+    trace = RoutingTrace.load(path)
+    result = simulate(spec, trace)
+    per_device = trace.n_routed_experts // trace.expert_devices
+    limits = [m for m in range(1, trace.expert_devices + 1) if m * per_device >= trace.num_experts_per_tok]
+    others = {str(limit or "unrestricted"): simulate(spec, reroute(trace, limit)).to_dict() for limit in (*limits, None)}
+    write_text(directory / schema.SIMULATION_FILE, json.dumps({"result": result.to_dict(), "by_device_limit": others}))
+    return _simulation_metrics(result)
+
+
+def failed_summary(reason: str, attempts: int) -> dict[str, Any]:
+    """The summary of a run that ended in an error or lost its worker too often: no numbers, only why."""
+    return {
+        "schema": schema.SCHEMA_VERSION,
+        "state": schema.FAILED,
+        "reason": reason,
+        "steps": 0,
+        "tokens": 0,
+        "seconds": 0.0,
+        "attempts": attempts,
+        "metrics": {},
+        "versions": _versions(),
+        "device": None,
+    }
+
+
+def write_summary(directory: Path, summary: Mapping[str, Any]) -> None:
+    write_text(directory / schema.SUMMARY_FILE, json.dumps(summary, indent=1))
+
+
+def _simulation_metrics(result: Result) -> dict[str, float]:
+    found = result.to_dict()
+    return {
+        schema.DISPATCH_SECONDS: found["dispatch_seconds"],
+        schema.COMBINE_SECONDS: found["combine_seconds"],
+        schema.ALL_TO_ALL_SECONDS: found["seconds"],
+        schema.NVLINK_BYTES: float(found["nvlink_bytes"]),
+        schema.INFINIBAND_BYTES: float(found["infiniband_bytes"]),
+    }
+
+
+def _sayer(say: Callable[[str], None]) -> Report:
+    """A line for every validation, and one now and then between."""
+    said = [0.0]
+
+    def report(record: Mapping[str, float]) -> None:
+        validated = schema.BITS_PER_BYTE in record
+        if not validated and time.monotonic() - said[0] < SAY_SECONDS:
+            return
+        said[0] = time.monotonic()
+        names = {schema.LOSS: "loss", schema.BITS_PER_BYTE: "bits per byte", schema.TOKENS_PER_SECOND: "tokens/s"}
+        say(", ".join([f"step {record['step']:.0f}", *(f"{text} {record[name]:.4g}" for name, text in names.items() if name in record)]))
+
+    return report
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "numpy", "tokenizers", "simpy", "ray")}

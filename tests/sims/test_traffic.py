@@ -1,0 +1,133 @@
+"""Bytes against a literal loop over tokens, and the laws that no change may break."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from research.errors import ConfigError
+from sims import AllToAll, load_cluster, reroute, simulate, synthetic_trace
+from sims.all_to_all import closed_form, event_driven, stream_seconds
+from sims.cluster import cluster_names, figures
+from sims.traffic import dispatch, needed_devices, payload_bytes
+
+
+def literal(needed, source, per_node, size):
+    """One token at a time."""
+    gpus = needed.shape[1]
+    nvlink, infiniband = np.zeros((gpus, gpus), np.int64), np.zeros((gpus, gpus), np.int64)
+    for token in range(len(needed)):
+        s = source[token]
+        for node in range(gpus // per_node):
+            wanted = [d for d in range(node * per_node, (node + 1) * per_node) if needed[token, d]]
+            entry = s
+            if wanted and node != s // per_node:
+                entry = node * per_node + s % per_node
+                infiniband[s, entry] += size
+            for d in wanted:
+                if d != entry:
+                    nvlink[entry, d] += size
+    return nvlink, infiniband
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 40), st.integers(1, 500), st.integers(0, 10**6))
+def test_byte_matrices_equal_the_loop(nodes, per_node, tokens, size, seed):
+    random = np.random.default_rng(seed)
+    needed, source = random.random((tokens, nodes * per_node)) < 0.4, random.integers(0, nodes * per_node, tokens)
+    traffic = dispatch(needed, source, per_node, size)
+    nvlink, infiniband = literal(needed, source, per_node, size)
+    np.testing.assert_array_equal(traffic.nvlink, nvlink)
+    np.testing.assert_array_equal(traffic.infiniband, infiniband)
+    assert traffic.logical.sum() == needed.sum() * size
+    back = traffic.reverse(2 * size, of=size)
+    np.testing.assert_array_equal(back.nvlink, 2 * nvlink.T)
+
+
+def test_payloads():
+    assert payload_bytes(7168, 8) == 7168 + 4 * 56
+    assert payload_bytes(5120, 16) == 10240
+
+
+def test_deepseek_v2_touches_as_many_devices_as_its_routing_says():
+    """Random logits, 160 experts on 8 devices, K = 6; unrestricted is the hypergeometric 8 (1 - C(140, 6) / C(160, 6))."""
+    found = [simulate(AllToAll(tokens_per_device=1024, device_limit=m)).distinct_devices_per_token for m in (1, 2, 3, 4, 5, 6, 8)]
+    np.testing.assert_allclose(found, [1, 2, 2.995, 3.89, 4.38, 4.46, 4.46], atol=0.03)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.sampled_from(["random", "gaussian", "power-law", "hot-device"]), st.integers(0, 10**6))
+def test_devices_never_decrease_with_the_limit_and_at_k_nothing_is_restricted(family, seed):
+    trace = synthetic_trace(family, tokens=64, n_routed_experts=32, num_experts_per_tok=4, expert_devices=8, device_limit=None, seed=seed)
+    reach = [needed_devices(reroute(trace, m).expert_ids[0, 0], 32, 8).sum(1) for m in range(1, 9)]
+    assert all((a <= b).all() for a, b in zip(reach, reach[1:], strict=False))
+    for m in range(4, 9):
+        np.testing.assert_array_equal(np.sort(reroute(trace, m).expert_ids), np.sort(trace.expert_ids))
+
+
+def small(**changes):
+    return AllToAll(nodes=2, gpus_per_node=4, tokens_per_device=256, hidden_size=512, n_routed_experts=32, num_experts_per_tok=4, **changes)
+
+
+def test_one_device_has_no_all_to_all_and_one_node_no_infiniband():
+    alone = simulate(replace(small(), nodes=1, gpus_per_node=1))
+    assert alone.seconds == 0
+    node = simulate(replace(small(), nodes=1, gpus_per_node=8))
+    assert node.dispatch.infiniband_bytes == 0 < node.dispatch.nvlink_bytes
+
+
+def test_both_tiers_of_time_agree_and_doubled_bandwidth_halves_all_but_latency():
+    cluster = load_cluster("h800")
+    random = np.random.default_rng(0)
+    traffic = dispatch(random.random((500, 8)) < 0.4, random.integers(0, 8, 500), 4, 1000)
+    streams = stream_seconds(traffic, cluster)
+    assert event_driven(streams, 1e-5)[0] == pytest.approx(closed_form(streams, 1e-5), rel=1e-12)
+    doubled = replace(
+        cluster,
+        **{n: replace(getattr(cluster, n), value=2 * getattr(cluster, n).value) for n in ("nvlink_bytes_per_second", "nic_bytes_per_second", "sm_bytes_per_second")},
+    )
+    assert closed_form(stream_seconds(traffic, doubled), 0) == pytest.approx(closed_form(streams, 0) / 2)
+
+
+def test_a_hot_device_is_the_straggler():
+    trace = synthetic_trace("hot-device", tokens=2048, n_routed_experts=32, num_experts_per_tok=4, expert_devices=8, device_limit=3, seed=1)
+    result = simulate(replace(small(), nodes=1, gpus_per_node=8), trace)
+    assert result.dispatch.straggler == 0
+    assert result.dispatch.binds == "nvlink in"
+    assert result.dispatch.waiting_seconds > 0
+
+
+def test_same_seed_same_answer():
+    assert simulate(small()).to_dict() == simulate(small()).to_dict()
+    assert simulate(small(seed=1)).to_dict() != simulate(small()).to_dict()
+
+
+@pytest.mark.parametrize(("cluster", "nodes", "measured"), [("h100", 1, (491e-6, 973e-6)), ("h100", 4, (1791e-6, 3522e-6))])
+def test_published_all_to_alls_are_within_a_fifth(cluster, nodes, measured):
+    """DeepEP normal kernels on H100 (AIConfigurator's tables); nothing here was fitted to the four-node row."""
+    limit = 4 if nodes > 1 else None
+    spec = AllToAll(cluster=cluster, nodes=nodes, hidden_size=7168, n_routed_experts=256, num_experts_per_tok=8, device_limit=limit, dispatch_bits=8)
+    result = simulate(spec)
+    assert result.dispatch.seconds == pytest.approx(measured[0], rel=0.2)
+    assert result.combine.seconds == pytest.approx(measured[1], rel=0.2)
+    ours = abs(result.seconds - sum(measured))
+    assert all(ours < abs(seconds - sum(measured)) for seconds in result.formulas.values())
+
+
+@pytest.mark.parametrize("name", cluster_names())
+def test_every_figure_of_a_preset_has_a_source(name):
+    assert all(len(figure.source) > 10 and figure.unit for figure in figures(load_cluster(name)).values())
+
+
+def test_a_cluster_file_without_a_unit_or_with_a_negative_bandwidth_is_refused(tmp_path):
+    text = (load_cluster.__globals__["CLUSTERS"] / "h800.yaml").read_text()
+    path = tmp_path / "mine.yaml"
+    path.write_text(text.replace("value: 47.5e9, unit: bytes/s one way per GPU", "value: -1"))
+    with pytest.raises(ConfigError) as caught:
+        load_cluster(path)
+    assert "nic_bytes_per_second" in str(caught.value)
+    path.write_text(text.replace("47.5e9", "-1"))
+    with pytest.raises(ConfigError, match="nic_bytes_per_second.*value=-1.0 must be > 0"):
+        load_cluster(path)
