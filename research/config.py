@@ -191,8 +191,13 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require(self.sequence_length >= 2, f"sequence_length={self.sequence_length} must be >= 2")
-        _require(self.tokenizer_vocab_size >= 260, f"tokenizer_vocab_size={self.tokenizer_vocab_size} must be >= 260 (256 bytes and the special tokens)")
-        _require((self.corpus == "files") == bool(self.paths), f"corpus={self.corpus!r} with paths={list(self.paths)}: paths go with corpus 'files', and only with it")
+        _require(
+            self.tokenizer_vocab_size >= 260, f"tokenizer_vocab_size={self.tokenizer_vocab_size} must be >= 260 (256 bytes and the special tokens)"
+        )
+        _require(
+            (self.corpus == "files") == bool(self.paths),
+            f"corpus={self.corpus!r} with paths={list(self.paths)}: paths go with corpus 'files', and only with it",
+        )
         _require(all(w >= 0 for w in self.mixture.values()), f"mixture={self.mixture} must have weights >= 0")
         _require(not self.mixture or sum(self.mixture.values()) > 0, f"mixture={self.mixture} needs a weight > 0")
         _require(self.max_train_megabytes is None or self.max_train_megabytes > 0, f"max_train_megabytes={self.max_train_megabytes} must be > 0")

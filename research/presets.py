@@ -16,7 +16,9 @@ def deepseek_v2() -> ModelConfig:
         hidden_size=5120,
         num_hidden_layers=60,
         intermediate_size=12288,
-        attention=AttentionConfig(num_attention_heads=128, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128),
+        attention=AttentionConfig(
+            num_attention_heads=128, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128
+        ),
         moe=MoEConfig(
             n_routed_experts=160,
             num_experts_per_tok=6,
@@ -38,7 +40,9 @@ def deepseek_v2_lite() -> ModelConfig:
         hidden_size=2048,
         num_hidden_layers=27,
         intermediate_size=10944,
-        attention=AttentionConfig(num_attention_heads=16, q_lora_rank=None, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128),
+        attention=AttentionConfig(
+            num_attention_heads=16, q_lora_rank=None, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128
+        ),
         moe=MoEConfig(
             n_routed_experts=64,
             num_experts_per_tok=6,

@@ -40,7 +40,7 @@ class RoutingTrace:
             raise ValueError(f"expert_ids {self.expert_ids.shape} does not fit steps {self.steps.shape} and layers {self.layers.shape}")
         if self.scores.shape != (layers, tokens, self.n_routed_experts):
             raise ValueError(f"scores {self.scores.shape} must be {(layers, tokens, self.n_routed_experts)}")
-        if self.expert_ids.size and not (0 <= self.expert_ids.min() and self.expert_ids.max() < self.n_routed_experts):
+        if self.expert_ids.size and not (self.expert_ids.min() >= 0 and self.expert_ids.max() < self.n_routed_experts):
             raise ValueError(f"expert_ids must lie in 0..{self.n_routed_experts - 1}")
 
     @property

@@ -46,7 +46,16 @@ def all_to_all(
     if as_json:
         print(json.dumps(result.to_dict()))
         return
-    table = Table("", "seconds", "binds", "straggler", "mean wait", "NVLink bytes", "InfiniBand bytes", title=f"{result.cluster}, {nodes} x {gpus_per_node} GPUs")
+    table = Table(
+        "",
+        "seconds",
+        "binds",
+        "straggler",
+        "mean wait",
+        "NVLink bytes",
+        "InfiniBand bytes",
+        title=f"{result.cluster}, {nodes} x {gpus_per_node} GPUs",
+    )
     for name, phase in (("dispatch", result.dispatch), ("combine", result.combine)):
         cells = (f"{phase.seconds * 1e6:,.0f} us", phase.binds, f"GPU {phase.straggler}", f"{phase.waiting_seconds * 1e6:,.0f} us")
         table.add_row(name, *cells, f"{phase.nvlink_bytes:,}", f"{phase.infiniband_bytes:,}")
@@ -54,7 +63,9 @@ def all_to_all(
         for name, seconds in result.formulas.items():
             table.add_row(f"both, {name}", f"{seconds * 1e6:,.0f} us", "(formula of other tools)")
     Console().print(table)
-    print(f"{result.distinct_devices_per_token:.3f} distinct devices and {result.distinct_nodes_per_token:.3f} nodes per token; bytes are physical, own ones left out")
+    print(
+        f"{result.distinct_devices_per_token:.3f} distinct devices and {result.distinct_nodes_per_token:.3f} nodes per token; bytes are physical, own ones left out"
+    )
 
 
 @app.command()
@@ -80,7 +91,16 @@ def sweep(
     if as_json:
         print(json.dumps([result.to_dict() for result in results]))
         return
-    table = Table("M", "devices/token", "dispatch us", "combine us", "binds", "NVLink bytes", "InfiniBand bytes", title=f"{results[0].cluster}, {nodes} x {gpus_per_node} GPUs")
+    table = Table(
+        "M",
+        "devices/token",
+        "dispatch us",
+        "combine us",
+        "binds",
+        "NVLink bytes",
+        "InfiniBand bytes",
+        title=results[0].cluster,
+    )
     for result in results:
         table.add_row(
             str(result.device_limit or "unrestricted"),

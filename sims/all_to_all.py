@@ -50,7 +50,9 @@ class AllToAll:
                 raise ValueError(f"{name}={getattr(self, name)} must be 8 (with scales) or 16")
         gpus = self.nodes * self.gpus_per_node
         if self.n_routed_experts % gpus:
-            raise ValueError(f"nodes={self.nodes} x gpus_per_node={self.gpus_per_node} = {gpus} GPUs must divide n_routed_experts={self.n_routed_experts}")
+            raise ValueError(
+                f"nodes={self.nodes} x gpus_per_node={self.gpus_per_node} = {gpus} GPUs must divide n_routed_experts={self.n_routed_experts}"
+            )
 
 
 def simulate(spec: AllToAll, trace: RoutingTrace | None = None) -> Result:
@@ -65,7 +67,9 @@ def simulate(spec: AllToAll, trace: RoutingTrace | None = None) -> Result:
     trace = trace if trace is not None else _synthetic(spec)
     gpus = spec.nodes * spec.gpus_per_node
     if trace.n_routed_experts % gpus:
-        raise ConfigError(f"{trace.n_routed_experts} experts cannot be spread evenly over nodes = {spec.nodes} x gpus_per_node = {spec.gpus_per_node} GPUs")
+        raise ConfigError(
+            f"{trace.n_routed_experts} experts cannot be spread evenly over nodes = {spec.nodes} x gpus_per_node = {spec.gpus_per_node} GPUs"
+        )
     ids = trace.expert_ids[-1].reshape(-1, trace.num_experts_per_tok)
     tokens = np.arange(gpus * spec.tokens_per_device)
     # A prime stride walks through all layers and domains, so that every GPU sees the same kind of text.

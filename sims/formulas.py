@@ -3,7 +3,9 @@
 from sims.cluster import Cluster
 
 
-def formulas(cluster: Cluster, *, nodes: int, gpus_per_node: int, tokens: int, chosen: int, dispatch_bytes: int, combine_bytes: int) -> dict[str, float]:
+def formulas(
+    cluster: Cluster, *, nodes: int, gpus_per_node: int, tokens: int, chosen: int, dispatch_bytes: int, combine_bytes: int
+) -> dict[str, float]:
     """Dispatch and combine seconds together, by name.  `tokens` per GPU, bytes per token.
 
     k_copies: K T H bytes over one link (llm-analysis, GenZ).  uniform_single_copy: one copy, evenly

@@ -29,7 +29,9 @@ class Traffic:
     def reverse(self, bytes_per_token: int, of: int) -> "Traffic":
         """The way back with `bytes_per_token` instead of `of`."""
         return Traffic(
-            nvlink=self.nvlink.T // of * bytes_per_token, infiniband=self.infiniband.T // of * bytes_per_token, logical=self.logical.T // of * bytes_per_token
+            nvlink=self.nvlink.T // of * bytes_per_token,
+            infiniband=self.infiniband.T // of * bytes_per_token,
+            logical=self.logical.T // of * bytes_per_token,
         )
 
 

@@ -5,6 +5,7 @@ Exit codes: 0; 1 a mistake in a file; 2 wrong usage; 3 finished with failures; 1
 
 import json
 import os
+import platform
 import signal
 import sys
 import time
@@ -21,7 +22,7 @@ from rich.table import Table
 
 from research.errors import UserError
 from sweeps import schema
-from sweeps.driver import Driver
+from sweeps.driver import DRIVER_FILE, Driver, is_driven
 from sweeps.executors import Executor, InlineExecutor, RayExecutor
 from sweeps.plan import plan as make_plan
 from sweeps.study import Study, home, load_study, study_root
@@ -95,9 +96,15 @@ def run(
 
 
 @app.command()
-def resume(study: StudyFile, root: Root = None, overrides: Overrides = None, executor: str = "ray") -> None:
+def resume(
+    study: StudyFile,
+    root: Root = None,
+    overrides: Overrides = None,
+    executor: Annotated[str, typer.Option(help="ray or inline")] = "ray",
+    function: Annotated[str, typer.Option(hidden=True)] = "sweeps.trial:run_trial",
+) -> None:
     """The same as run: what is finished stays, what was interrupted goes on.  Example: python -m sweeps resume sweeps/studies/quickstart.yaml"""
-    run(study, root, overrides, executor)
+    run(study, root, overrides, executor, function)
 
 
 @app.command()
@@ -126,6 +133,8 @@ def status(
         if not path.exists():
             raise UserError(f"{path.parent}: is no study that was run (no {schema.STATE_FILE})")
         state = json.loads(path.read_text(encoding="utf-8"))
+        if state["state"] == "running" and not is_driven(path.parent):
+            state["state"] = "interrupted"  # its driver is gone without a word; `run` goes on from there
         if as_json:
             print(json.dumps(state, indent=1))
         else:
@@ -138,13 +147,13 @@ def status(
 @app.command()
 def stop(study: Annotated[str, typer.Argument(help="A study's name, root or YAML file")]) -> None:
     """Ask a running study to write its checkpoints and end.  Example: python -m sweeps stop quickstart"""
-    path = study_root(study) / "driver.json"
-    if not path.exists():
-        raise UserError(f"{path.parent}: is no study that was run")
-    try:
-        os.kill(json.loads(path.read_text())["pid"], signal.SIGTERM)
-    except ProcessLookupError as error:
-        raise UserError(f"{path.parent}: is not running") from error
+    root = study_root(study)
+    if not is_driven(root):
+        raise UserError(f"{root}: is not running")
+    holder = json.loads((root / DRIVER_FILE).read_text(encoding="utf-8"))
+    if holder["host"] != platform.node():
+        raise UserError(f"{root}: is run by process {holder['pid']} on {holder['host']}: stop it there, or with `ray job stop` if it was submitted")
+    os.kill(holder["pid"], signal.SIGTERM)
     print("asked to stop; `python -m sweeps run` goes on from there")
 
 
@@ -194,8 +203,9 @@ def _table(state: dict[str, Any], root: Path) -> Table:
         described = json.loads((folder / schema.RUN_FILE).read_text(encoding="utf-8"))
         summary = folder / schema.SUMMARY_FILE
         value = json.loads(summary.read_text(encoding="utf-8"))["metrics"].get(schema.BITS_PER_BYTE) if summary.exists() else None
-        result = f"{value:.4f} bits/byte" if value is not None else (about["reason"] or "").strip().splitlines()[-1:] or ""
-        table.add_row(run, described["variant"], str(described["seed"]), about["state"], str(about["attempts"]), str(result))
+        reason = (about["reason"] or "").strip().splitlines()
+        result = f"{value:.4f} bits/byte" if value is not None else (reason[-1] if reason else "")
+        table.add_row(run, described["variant"], str(described["seed"]), about["state"], str(about["attempts"]), result)
     return table
 
 

@@ -9,6 +9,7 @@ import os
 import platform
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,7 +34,11 @@ from sweeps.study import Study, label
 from sweeps.tracking import Tracker, tracking_uri
 from sweeps.trial import Job, failed_summary, write_summary
 
+LOCK_FILE = ".driver.lock"
+DRIVER_FILE = "driver.json"
+ATTEMPTS_FILE = "attempts.json"
 MAX_ATTEMPTS = 3
+"""Workers that a run may lose.  A start after a stop or after the driver's own death is not charged."""
 TURN_SECONDS = 0.2
 STATE_SECONDS = 2.0
 SYNC_SECONDS = 5.0
@@ -64,6 +69,8 @@ class Driver:
         self.queue: list[str] = []
         self.stopping = False
         self.halt: str | None = None
+        self._sending: threading.Thread | None = None
+        self._was_behind: str | None = None
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
 
     def run(self) -> str:
@@ -71,9 +78,12 @@ class Driver:
         self.root.mkdir(parents=True, exist_ok=True)
         with lease(self.root):
             self._same_study()
-            prepare(self.study.run_config(self.study.baseline, self.study.seeds[0]).data, self.announce)
             self.search = Search(self.study, self.root)
             self.tracker = Tracker(self.study, self.root, self.commit)
+            if not (self.search.left or self.queue):
+                self.announce("every run has ended already")
+                return self._end()
+            prepare(self.study.run_config(self.study.baseline, self.study.seeds[0]).data, self.announce)
             executor = self.make_executor(self.study, self.search.total * len(self.study.seeds))
             previous = self._take_signals()
             try:
@@ -153,9 +163,10 @@ class Driver:
             write_text(directory / schema.CONFIG_FILE, json.dumps(run_config.to_dict(config), indent=1))
             write_text(directory / schema.RUN_FILE, json.dumps(about, indent=1))
         self.runs[run] = about
-        attempts = _json(directory / "attempts.json").get("attempts", 0)
-        self.states[run] = {"state": "waiting", "attempts": attempts, "reason": None}
-        if summary and summary["state"] != schema.STOPPED:
+        counted = _json(directory / ATTEMPTS_FILE)
+        self.states[run] = {"state": "waiting", "attempts": counted.get("attempts", 0), "deaths": counted.get("deaths", 0), "reason": None}
+        # A trial that was not told yet is not done: what failed in it gets another chance (a bug may have been mended meanwhile).
+        if summary and summary["state"] not in (schema.STOPPED, schema.FAILED):
             self.states[run] = {"state": summary["state"], "attempts": summary["attempts"], "reason": summary["reason"]}
         else:
             self.queue.append(run)
@@ -163,8 +174,8 @@ class Driver:
     def _job(self, run: str) -> Job:
         directory = self.root / schema.RUNS_DIRECTORY / run
         state, config = self.states[run], _json(directory / schema.CONFIG_FILE)
-        state |= {"state": "running", "attempts": state["attempts"] + 1}
-        write_text(directory / "attempts.json", json.dumps({"attempts": state["attempts"]}))
+        state |= {"state": "running", "attempts": state["attempts"] + 1, "reason": None}
+        _count(directory, state)
         spec = None
         if config["model"]["moe"] is not None:
             whole = self.study.run_config(self.runs[run]["parameters"], self.runs[run]["seed"])
@@ -185,13 +196,16 @@ class Driver:
         if event.kind == "said":
             self.announce(f"{event.run} {event.text}")
             return
-        if event.kind == "died" and state["attempts"] < MAX_ATTEMPTS and not self.stopping:
+        if event.kind == "died" and self.stopping:
+            state["state"] = "waiting"
+            return
+        if event.kind == "died":
+            state["deaths"] += 1
+            _count(directory, state)
+        if event.kind == "died" and state["deaths"] < MAX_ATTEMPTS:
             self.announce(f"{event.run} worker died ({event.text}); attempt {state['attempts'] + 1} goes on from the last checkpoint")
             state["state"] = "waiting"
             self.queue.insert(0, event.run)
-            return
-        if event.kind == "died" and self.stopping:
-            state["state"] = "waiting"
             return
         if event.kind in ("died", "error"):
             summary = failed_summary(event.text, state["attempts"])
@@ -209,9 +223,22 @@ class Driver:
         self._halt_if_all_fail()
 
     def _tell_if_done(self, number: int) -> None:
+        """Tell Optuna of a trial whose runs have all ended.
+
+        As long as nothing has finished, failures are kept back: should the study be halted for a bug,
+        its trials are still open and are trained when it is run again.
+        """
         runs = [run for run, about in self.runs.items() if about["trial"] == number]
-        if number in self.trials and all(self.states[run]["state"] in schema.STATES and self.states[run]["state"] != schema.STOPPED for run in runs):
-            self.search.tell(self.trials.pop(number), [_json(self.root / schema.RUNS_DIRECTORY / run / schema.SUMMARY_FILE) for run in runs])
+        ended = [self.states[run]["state"] for run in runs]
+        if number not in self.trials or any(s not in schema.STATES or s == schema.STOPPED for s in ended):
+            return
+        if schema.FAILED in ended and not any(s["state"] in (schema.FINISHED, schema.DIVERGED) for s in self.states.values()):
+            return
+        self._tell(number)
+
+    def _tell(self, number: int) -> None:
+        runs = [run for run, about in self.runs.items() if about["trial"] == number]
+        self.search.tell(self.trials.pop(number), [_json(self.root / schema.RUNS_DIRECTORY / run / schema.SUMMARY_FILE) for run in runs])
 
     def _halt_if_all_fail(self) -> None:
         """When the first runs all fail with the same last line it is the study that is wrong."""
@@ -225,19 +252,31 @@ class Driver:
         return sum(s["state"] in schema.STATES and s["state"] != schema.STOPPED for s in self.states.values())
 
     def _sync(self, *, final: bool = False) -> None:
-        was = self.tracker.behind
-        self.tracker.sync(self.runs, final=final)
-        if self.tracker.behind and not was:
-            self.announce(f"MLflow cannot be reached ({self.tracker.behind}); training goes on, what is missing is sent later")
-        elif was and not self.tracker.behind:
+        """Send what is new to MLflow, beside the loop: a server that is away blocks its client for seconds, never a run."""
+        if self._sending is not None and (final or not self._sending.is_alive()):
+            self._sending.join()
+            self._sending = None
+        if final:
+            self.tracker.sync(self.runs, final=True)
+        elif self._sending is None:
+            self._sending = threading.Thread(target=self.tracker.sync, args=(dict(self.runs),), daemon=True, name="mlflow")
+            self._sending.start()
+        behind = self.tracker.behind
+        if behind and not self._was_behind:
+            self.announce(f"MLflow cannot be reached ({behind}); training goes on, what is missing is sent later")
+        elif self._was_behind and not behind:
             self.announce("MLflow is back; everything has been sent")
+        self._was_behind = behind
 
     def _end(self) -> str:
         failed = [run for run, s in self.states.items() if s["state"] in (schema.FAILED, schema.DIVERGED)]
         planned = self.search.total * len(self.study.seeds)
+        if not self.halt and not self.stopping:
+            for number in sorted(self.trials):
+                self._tell(number)
         if self.halt:
             state = "finished-with-failures"
-            self.announce(f"stopped early: {self.halt}")
+            self.announce(f"stopped early: {self.halt}; mend it and run the study again: these runs are tried anew")
         elif self.stopping and self._done() < planned:
             state = schema.STOPPED
         else:
@@ -306,19 +345,32 @@ class Driver:
 @contextmanager
 def lease(root: Path) -> Iterator[None]:
     """One driver per study: the lock goes with the process, however it ends."""
-    lock = FileLock(root / ".driver.lock")
+    lock = FileLock(root / LOCK_FILE)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        holder = _json(root / "driver.json")
+        holder = _json(root / DRIVER_FILE)
         raise StudyBusyError(
             f"{root}: is being run by process {holder.get('pid')} on {holder.get('host')}; wait for it, or `python -m sweeps stop {root.name}`"
         ) from None
     try:
-        write_text(root / "driver.json", json.dumps({"pid": os.getpid(), "host": platform.node(), "job": os.environ.get("RAY_JOB_ID")}))
+        write_text(root / DRIVER_FILE, json.dumps({"pid": os.getpid(), "host": platform.node(), "job": os.environ.get("RAY_JOB_ID")}))
         yield
     finally:
         lock.release()
+
+
+def is_driven(root: Path) -> bool:
+    """Whether a driver holds this study now.  (A process id in a file may be anybody's by now.)"""
+    if not (root / LOCK_FILE).exists():
+        return False
+    lock = FileLock(root / LOCK_FILE)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
 
 
 def _commit() -> str:
@@ -330,6 +382,10 @@ def _commit() -> str:
     except OSError:
         return "unknown"
     return done.stdout.strip() or "unknown"
+
+
+def _count(directory: Path, state: dict[str, Any]) -> None:
+    write_text(directory / ATTEMPTS_FILE, json.dumps({"attempts": state["attempts"], "deaths": state["deaths"]}))
 
 
 def _json(path: Path) -> dict[str, Any]:

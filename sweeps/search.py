@@ -1,6 +1,8 @@
 """Optuna, asked and told by one driver, stored in a journal: which cell next, and what came of it."""
 
 import json
+import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,9 @@ from sweeps.study import Study
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 CELLS_ENQUEUED = "cells_enqueued"
+IMPOSSIBLE = "impossible"
+TRIES = 300
+"""Impossible cells drawn one after the other before the search gives up."""
 
 
 class Search:
@@ -45,7 +50,13 @@ class Search:
             self._optuna.set_user_attr(CELLS_ENQUEUED, True)
         frozen = self._optuna.get_trials(deepcopy=False)
         self._adopted = [Trial(self._optuna, t._trial_id) for t in frozen if t.state == TrialState.RUNNING]
-        self._asked = sum(t.state != TrialState.WAITING for t in frozen) - len(self._adopted)
+        self._asked = sum(t.state != TrialState.WAITING and IMPOSSIBLE not in t.user_attrs for t in frozen) - len(self._adopted)
+        self._in_vain = 0
+
+    @property
+    def left(self) -> bool:
+        """Whether there is a trial to hand out."""
+        return bool(self._adopted) or (self._asked < self.total and self._in_vain < TRIES)
 
     def ask(self) -> Trial | None:
         """The next trial, or None when all have been asked for."""
@@ -56,7 +67,7 @@ class Search:
                 for path, choices in self._distributions.items():
                     trial._suggest(path, choices)
             return trial
-        if self._asked >= self.total:
+        if not self.left:
             return None
         self._asked += 1
         return self._optuna.ask(self._distributions)
@@ -75,9 +86,15 @@ class Search:
             return
         for objective, column in zip(self.study.objectives, columns, strict=True):
             trial.set_user_attr(f"seeds:{objective.metric}", column)
+            if len(column) > 1:
+                trial.set_user_attr(f"standard_error:{objective.metric}", statistics.stdev(column) / math.sqrt(len(column)))
+        self._in_vain = 0
         self._optuna.tell(trial, [sum(column) / len(column) for column in columns])
 
     def impossible(self, trial: Trial, reason: str) -> None:
-        """A drawn cell that no model can have: told as failed with its reason, never with a number."""
-        trial.set_user_attr("impossible", reason)
-        self._optuna.tell(trial, state=TrialState.FAIL)
+        """A drawn cell that no model can have: told as pruned and out of bounds, never with a number; another is drawn for it."""
+        trial.set_user_attr(IMPOSSIBLE, reason)
+        trial.set_constraint(IMPOSSIBLE, 1.0)
+        self._optuna.tell(trial, state=TrialState.PRUNED)
+        self._asked -= 1
+        self._in_vain += 1

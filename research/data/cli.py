@@ -29,11 +29,15 @@ def list_sources(as_json: Annotated[bool, typer.Option("--json")] = False) -> No
         package = f"{source['archive']} {archive['version']}"
         table.add_row(name, source["domain"], inside, package, f"{archive['megabytes']}", source["licence"], source["about"])
     Console().print(table)
-    print("Also: corpus `installed` (the standard library's source and docstrings), and `files` (your own text, .jsonl or .parquet by paths or globs).")
+    print(
+        "Also: corpus `installed` (the standard library's source and docstrings), and `files` (your own text, .jsonl or .parquet by paths or globs)."
+    )
 
 
 @app.command()
-def prepare(corpus: Annotated[str, typer.Argument(help="quickstart, default, installed or files")] = "quickstart", overrides: Overrides = None) -> None:
+def prepare(
+    corpus: Annotated[str, typer.Argument(help="quickstart, default, installed or files")] = "quickstart", overrides: Overrides = None
+) -> None:
     """Fetch, check, split, train the tokenizer, encode.  Example: python -m research data prepare default --set tokenizer_vocab_size=8192"""
     mapping = apply_overrides({"corpus": corpus}, overrides or [])
     data = make(validate(DataConfig, mapping, "data"), lambda line: print(line, flush=True))

@@ -67,7 +67,7 @@ def documents(config: DataConfig, announce: Callable[[str], None]) -> list[Docum
         return [d for path in _matched(config.paths) for d in _from_file(path, config.text_field)]
     identity(config)
     paths = fetch(archives_of(config.corpus), announce)
-    found = []
+    found: list[Document] = []
     for name in SOURCES["corpora"][config.corpus]:
         source = SOURCES["sources"][name]
         read = READERS[source["reader"]]
@@ -168,7 +168,11 @@ def _installed() -> Iterator[Document]:
     for path in _installed_files():
         content = path.read_bytes()
         if path.name == "topics.py":
-            parts = [n.value for n in ast.walk(ast.parse(content)) if isinstance(n, ast.Constant) and isinstance(n.value, str) and len(n.value) > LONG_DOCSTRING]
+            parts = [
+                n.value
+                for n in ast.walk(ast.parse(content))
+                if isinstance(n, ast.Constant) and isinstance(n.value, str) and len(n.value) > LONG_DOCSTRING
+            ]
             yield Document("en", path.name, "\n\n".join(parts))
             continue
         for domain, read in (("code", _python), ("en", _docstrings)):

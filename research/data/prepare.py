@@ -163,7 +163,7 @@ def _write(config: DataConfig, folder: Path, announce: Callable[[str], None]) ->
     domains = {}
     for domain, (train, heldout) in parts.items():
         announce(f"encoding {domain}: {sum(len(t) for t in train) / 1e6:.1f} M characters")
-        sizes = {}
+        sizes: dict[str, int] = {}
         for name, blocks in (("train", train), ("heldout", heldout)):
             tokens = _encode(tokenizer, blocks)
             np.save(new / f"{name}-{domain}.npy", tokens)

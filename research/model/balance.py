@@ -34,7 +34,9 @@ def balance_losses(routing: Routing, config: MoEConfig, sequences: int) -> Balan
     experts, chosen, devices = config.n_routed_experts, config.num_experts_per_tok, config.expert_devices
     ids_BTK = routing.expert_ids_MK.unflatten(0, (sequences, -1))
     length = ids_BTK.shape[1]
-    counts_BE = torch.zeros(sequences, experts, device=ids_BTK.device).scatter_add_(1, ids_BTK.flatten(1), torch.ones((), device=ids_BTK.device).expand(sequences, length * chosen))
+    counts_BE = torch.zeros(sequences, experts, device=ids_BTK.device).scatter_add_(
+        1, ids_BTK.flatten(1), torch.ones((), device=ids_BTK.device).expand(sequences, length * chosen)
+    )
     f_BE = counts_BE * (experts / (chosen * length))
     p_BE = routing.scores_ME.unflatten(0, (sequences, length)).mean(1)
     p_BG = p_BE.unflatten(1, (devices, -1)).sum(-1)

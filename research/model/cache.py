@@ -46,7 +46,9 @@ class Cache:
         else:
             groups = a.key_value_heads
             shapes = (batch, groups, positions, a.qk_head_dim), (batch, groups, positions, a.v_head_dim)
-        return cls([LayerCache(*(torch.empty(s, dtype=dtype, device=device) for s in shapes)) for _ in range(config.num_hidden_layers)])
+        first, second = shapes
+        layers = range(config.num_hidden_layers)
+        return cls([LayerCache(torch.empty(first, dtype=dtype, device=device), torch.empty(second, dtype=dtype, device=device)) for _ in layers])
 
     @property
     def length(self) -> int:

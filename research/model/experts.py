@@ -1,5 +1,7 @@
 """The routed experts: tokens sorted by expert once, then one grouped product per projection."""
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -51,7 +53,7 @@ def _grouped_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         return F.grouped_mm(rows, weight.to(rows.dtype).transpose(1, 2), offs=ends.to(torch.int32))
     # Odd widths do not meet the kernel's 16-byte strides, and it knows no float64.
     starts = [0, *ends.tolist()]
-    return torch.cat([rows[a:b] @ weight[e].to(rows.dtype).T for e, (a, b) in enumerate(zip(starts, starts[1:], strict=False))])
+    return torch.cat([rows[a:b] @ weight[e].to(rows.dtype).T for e, (a, b) in enumerate(itertools.pairwise(starts))])
 
 
 def looped_experts(x_MD: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -37,9 +37,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(d, eps)
         self.mlp = MoE(config) if config.is_moe_layer(layer) else SwiGLU(d, config.intermediate_size)
 
-    def forward(
-        self, x: Tensor, table: tuple[Tensor, Tensor], cache: LayerCache | None, protected_B: Tensor | None
-    ) -> tuple[Tensor, Routing | None]:
+    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], cache: LayerCache | None, protected_B: Tensor | None) -> tuple[Tensor, Routing | None]:
         x = x + self.self_attn(self.input_layernorm(x), table, cache)
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):

@@ -43,7 +43,14 @@ def save(directory: Path, model: Transformer, optimizer: torch.optim.AdamW, conf
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, new / "model.safetensors")
     save_file(_optimizer_tensors(model, optimizer), new / "optimizer.safetensors")
     save_arrays({str(step): ids for step, ids in state.snapshots.items()}, new / "snapshots.safetensors")
-    about = {"format": FORMAT, "config_id": config_id(config), "config": to_dict(config), "step": state.step, "seconds": state.seconds, "metrics": state.metrics}
+    about = {
+        "format": FORMAT,
+        "config_id": config_id(config),
+        "config": to_dict(config),
+        "step": state.step,
+        "seconds": state.seconds,
+        "metrics": state.metrics,
+    }
     (new / "state.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
     for file in new.iterdir():
         with file.open("rb") as handle:

@@ -22,7 +22,14 @@ def small(kind="mla", q_lora_rank=5):
         intermediate_size=13,
         initializer_range=0.3,
         attention=AttentionConfig(
-            kind=kind, num_attention_heads=4, num_key_value_heads=2, q_lora_rank=q_lora_rank, kv_lora_rank=7, qk_nope_head_dim=3, qk_rope_head_dim=4, v_head_dim=5
+            kind=kind,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            q_lora_rank=q_lora_rank,
+            kv_lora_rank=7,
+            qk_nope_head_dim=3,
+            qk_rope_head_dim=4,
+            v_head_dim=5,
         ),
     )
 

@@ -13,7 +13,9 @@ def test_a_preset_with_overrides():
     config = load_run_config(RUN, overrides=["model.moe.device_limit=2", "model.attention.q_lora_rank=null", "seed=7"])
     assert config.model.moe.device_limit == 2
     assert config.model.attention.q_lora_rank is None
-    assert config_id(config) == config_id(load_run_config({**RUN, "seed": 7}, overrides=["model.moe.device_limit=2", "model.attention.q_lora_rank=null"]))
+    assert config_id(config) == config_id(
+        load_run_config({**RUN, "seed": 7}, overrides=["model.moe.device_limit=2", "model.attention.q_lora_rank=null"])
+    )
     assert config_id(config) != config_id(load_run_config(RUN))
 
 

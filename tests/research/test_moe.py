@@ -43,7 +43,9 @@ def test_routing_laws(case):
     for token in range(len(ids)):
         assert len(set(ids[token])) == config.num_experts_per_tok
         assert len(set(devices[token])) <= (config.device_limit or config.expert_devices)
-    np.testing.assert_array_equal(ids, select_experts(logits.double().softmax(-1).numpy(), config.num_experts_per_tok, config.expert_devices, config.device_limit))
+    np.testing.assert_array_equal(
+        ids, select_experts(logits.double().softmax(-1).numpy(), config.num_experts_per_tok, config.expert_devices, config.device_limit)
+    )
     expected = logits.double().softmax(-1).gather(-1, routing.expert_ids_MK) * config.routed_scaling_factor
     torch.testing.assert_close(routing.gates_MK.double(), expected, atol=1e-5, rtol=1e-5)
 

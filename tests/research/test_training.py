@@ -30,7 +30,15 @@ def cache(tmp_path_factory):
 
 
 def small(**training) -> RunConfig:
-    settings = {"train_tokens": 30 * 512, "batch_size": 8, "record_every": 5, "validate_every": 15, "checkpoint_every": 10, "trace_every": 15, "validation_tokens": 2048}
+    settings = {
+        "train_tokens": 30 * 512,
+        "batch_size": 8,
+        "record_every": 5,
+        "validate_every": 15,
+        "checkpoint_every": 10,
+        "trace_every": 15,
+        "validation_tokens": 2048,
+    }
     return load_run_config(
         {
             "model": {"preset": "deepseek-v2-nano", "num_hidden_layers": 2, "vocab_size": 512},
@@ -74,7 +82,7 @@ def test_it_learns_and_a_stopped_run_goes_on_to_the_bit(tmp_path):
 
 def test_a_checkpoint_of_another_configuration_is_refused_with_the_difference(tmp_path):
     train(small(train_tokens=512), tmp_path, JsonlRecorder(tmp_path / "m.jsonl"), never)
-    with pytest.raises(CheckpointError, match="training.batch_size: 8 -> 4"):
+    with pytest.raises(CheckpointError, match=r"training\.batch_size: 8 -> 4"):
         train(small(train_tokens=512, batch_size=4), tmp_path, JsonlRecorder(tmp_path / "m.jsonl"), never)
 
 
