@@ -139,7 +139,7 @@ def _sentence(cls: Any, item: Any, source: str) -> str:
     value = item["input"]
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         owner = cls
-        for part in location[:-1]:
+        for part in filter(lambda p: not p.isdigit(), location[:-1]):
             owner = _dataclass_in(typing.get_type_hints(owner).get(part)) if owner else None
         choices = [f.name for f in dataclasses.fields(owner)] if owner else []
         return f"{source}: {path} = {value!r}: unknown key{nearest(location[-1], choices)}"

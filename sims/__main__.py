@@ -63,9 +63,7 @@ def all_to_all(
         for name, seconds in result.formulas.items():
             table.add_row(f"both, {name}", f"{seconds * 1e6:,.0f} us", "(formula of other tools)")
     Console().print(table)
-    print(
-        f"{result.distinct_devices_per_token:.3f} distinct devices and {result.distinct_nodes_per_token:.3f} nodes per token; bytes are physical, own ones left out"
-    )
+    print(f"{result.distinct_devices_per_token:.3f} distinct devices and {result.distinct_nodes_per_token:.3f} nodes per token; bytes are physical")
 
 
 @app.command()

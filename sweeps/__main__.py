@@ -33,7 +33,9 @@ FINISHED_WITH_FAILURES, STOPPED = 3, 143
 
 StudyFile = Annotated[Path, typer.Argument(help="A study's YAML file, such as sweeps/studies/quickstart.yaml", exists=True, dir_okay=False)]
 Root = Annotated[Path | None, typer.Option(help="The study's directory; default $MOELAB_HOME/studies/NAME (.moelab here)")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="path=value over the file, such as seeds=[0] or base.training.train_tokens=200000")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="path=value over the file, such as seeds=[0] or base.training.train_tokens=200000")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object instead of a table")]
 
 
@@ -53,7 +55,9 @@ def plan(study: StudyFile, root: Root = None, overrides: Overrides = None, as_js
     if as_json:
         print(json.dumps(planned, indent=1))
         return
-    table = Table("variant", *(("parameters", "activated", "KV bytes/token", "tokens", "TFLOP", "memory MB", "seconds")), title=planned["question"])
+    table = Table("variant", title=planned["question"], title_justify="left")
+    for heading in ("parameters", "activated", "KV bytes/token", "tokens", "TFLOP", "memory MB", "seconds"):
+        table.add_column(heading, justify="right")
     for row in planned["rows"]:
         table.add_row(
             row["variant"],
@@ -65,7 +69,7 @@ def plan(study: StudyFile, root: Root = None, overrides: Overrides = None, as_js
             f"{row['memory_bytes'] / 1e6:,.0f}",
             f"{row['seconds']:,.0f}",
         )
-    Console().print(table)
+    _wide_console().print(table)
     print(
         f"{planned['variants']} variants x {planned['seeds']} seeds = {planned['runs']} runs on {planned['workers']} workers, "
         f"about {planned['expected_seconds'] / 60:.1f} minutes ({planned['estimate']})"
@@ -118,15 +122,16 @@ def submit(
     from sweeps.jobs import submit as submit_job  # noqa: PLC0415  (imports ray)
 
     load_study(study, overrides or [])
-    arguments = [part for override in overrides or [] for part in ("--set", f"'{override}'")]
+    arguments = [part for override in overrides or [] for part in ("--set", override)]
     submission = submit_job(study, address, arguments, wait=wait)
-    print(f"submitted {submission}; follow it: ray job logs --address {address} --follow {submission}; end it: ray job stop --address {address} {submission}")
+    token = "RAY_AUTH_MODE=token " if os.environ.get("RAY_AUTH_MODE") == "token" else ""
+    print(f"submitted {submission}; its studies are in {home()}")
+    print(f"follow it:  {token}ray job logs --address {address} --follow {submission}")
+    print(f"end it:     {token}ray job stop --address {address} {submission}")
 
 
 @app.command()
-def status(
-    study: Annotated[str, typer.Argument(help="A study's name, root or YAML file")], as_json: AsJson = False, watch: bool = False
-) -> None:
+def status(study: Annotated[str, typer.Argument(help="A study's name, root or YAML file")], as_json: AsJson = False, watch: bool = False) -> None:
     """How far a study is.  Example: python -m sweeps status quickstart --watch"""
     path = study_root(study) / schema.STATE_FILE
     while True:
@@ -138,7 +143,7 @@ def status(
         if as_json:
             print(json.dumps(state, indent=1))
         else:
-            Console().print(_table(state, path.parent))
+            _wide_console().print(_table(state, path.parent))
         if not watch or state["state"] != "running":
             return
         time.sleep(2)
@@ -165,6 +170,11 @@ def ui(port: int = 5000) -> None:
         raise UserError(f"{uri}: nothing has been recorded yet; `make ablation` does")
     print(f"MLflow on {uri}: http://127.0.0.1:{port}   (Ctrl-C ends it)", flush=True)
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port)])
+
+
+def _wide_console() -> Console:
+    """A terminal's own width; elsewhere (a file, a job's log) wide enough that no column is cut."""
+    return Console() if sys.stdout.isatty() else Console(width=140)
 
 
 def _root(study: Study, root: Path | None) -> Path:

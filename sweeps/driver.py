@@ -303,7 +303,9 @@ class Driver:
             value = _json(self.root / schema.RUNS_DIRECTORY / run / schema.SUMMARY_FILE).get("metrics", {}).get(metric)
             if value is not None:
                 table.setdefault(about["variant"], []).append(value)
-        rows = [f"| {variant} | {sum(v) / len(v):.4f} | {len(v)} |" for variant, v in sorted(table.items(), key=lambda item: sum(item[1]) / len(item[1]))]
+        rows = [
+            f"| {variant} | {sum(v) / len(v):.4f} | {len(v)} |" for variant, v in sorted(table.items(), key=lambda item: sum(item[1]) / len(item[1]))
+        ]
         return "\n".join([f"# {self.study.question}", "", f"State: {state}.", "", f"| variant | mean {metric} | seeds |", "|---|---|---|", *rows])
 
     def _same_study(self) -> None:
@@ -313,7 +315,9 @@ class Driver:
             before = yaml.safe_load(path.read_text(encoding="utf-8"))
             changed = [d for d in differences(before, now) if not d.startswith(("resources.", "search.trials"))]
             if changed:
-                raise ConfigError(f"{path}: is of another study; changed since: {'; '.join(changed)}. Give it another name or --root, or remove the root")
+                raise ConfigError(
+                    f"{path}: is of another study; changed since: {'; '.join(changed)}. Give it another name or --root, or remove the root"
+                )
         write_text(path, yaml.safe_dump(now, sort_keys=False, allow_unicode=True))
 
     def _write_state(self, state: str) -> None:
@@ -329,7 +333,8 @@ class Driver:
             "mlflow_tracking_uri": tracking_uri(),
             "mlflow_behind": self.tracker.behind,
             "commit": self.commit,
-            "versions": {name: version(name) for name in ("torch", "ray", "optuna", "mlflow", "simpy", "numpy", "tokenizers")} | {"python": platform.python_version()},
+            "versions": {name: version(name) for name in ("torch", "ray", "optuna", "mlflow", "simpy", "numpy", "tokenizers")}
+            | {"python": platform.python_version()},
         }
         write_text(self.root / schema.STATE_FILE, json.dumps(about, indent=1))
 
@@ -378,7 +383,9 @@ def _commit() -> str:
     if given := os.environ.get("MOELAB_COMMIT"):
         return given
     try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+        )
     except OSError:
         return "unknown"
     return done.stdout.strip() or "unknown"

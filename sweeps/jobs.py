@@ -1,7 +1,10 @@
 """A study as a Ray job: what `ray job submit` does, with the study's home and commit handed along."""
 
 import os
+import shlex
+import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from research.errors import UserError
 from sweeps.driver import _commit
@@ -24,7 +27,7 @@ def submit(study: Path, address: str, arguments: list[str], *, wait: bool) -> st
     try:
         client = JobSubmissionClient(address)
         submission = client.submit_job(
-            entrypoint=" ".join(["python", "-m", "sweeps", "run", str(study), *arguments]),
+            entrypoint=shlex.join([_python(address), "-m", "sweeps", "run", str(study), *arguments]),
             runtime_env={
                 "working_dir": ".",
                 "excludes": [".venv", ".git", ".moelab"],
@@ -40,6 +43,11 @@ def submit(study: Path, address: str, arguments: list[str], *, wait: bool) -> st
         for chunk in _tail(client, submission):
             print(chunk, end="", flush=True)
     return str(submission)
+
+
+def _python(address: str) -> str:
+    """This very Python where the cluster is on this machine; else the one that the cluster's nodes call `python`."""
+    return sys.executable if urlsplit(address).hostname in ("127.0.0.1", "localhost", "::1") else "python"
 
 
 def _tail(client: object, submission: str) -> list[str]:

@@ -1,11 +1,18 @@
 """What may vary: lists of choices and ranges, the cells of a design, and Optuna's word for them."""
 
+import dataclasses
 import itertools
-from collections.abc import Mapping
+import typing
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from pydantic import TypeAdapter, ValidationError
+
+from research.config import RunConfig
+from research.configfile import nearest, validate
+from research.errors import ConfigError
 
 if TYPE_CHECKING:
     from sweeps.study import Study
@@ -37,6 +44,52 @@ def contains(choices: list[Any] | Range, value: Any) -> bool:
     if isinstance(choices, Range):
         return isinstance(value, int | float) and choices.low <= value <= choices.high
     return value in choices
+
+
+def leaf_type(path: str) -> Any:
+    """The annotation at a dotted path of RunConfig; KeyError when there is no such leaf."""
+    owner: Any = RunConfig
+    *parents, leaf = path.split(".")
+    for part in parents:
+        hint = typing.get_type_hints(owner)[part]
+        owner = next(t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t))
+    return typing.get_type_hints(owner)[leaf]
+
+
+def value_problem(path: str, value: Any) -> str | None:
+    """Why `path` of a run configuration cannot be `value`, or None."""
+    if value is not None and not isinstance(value, str | int | float | bool):
+        return f"a {type(value).__name__} cannot be searched over; only numbers, words, true, false and null can"
+    hint = leaf_type(path)
+    if isinstance(value, bool) and bool not in (hint, *typing.get_args(hint)):
+        return "input should be a number or a word, not true or false"
+    try:
+        TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        message = str(error.errors()[0]["msg"])
+        return message[0].lower() + message[1:]
+    return None
+
+
+def dimension_problems(path: str, value: Any) -> Iterator[tuple[str, str]]:
+    """What is wrong with one entry of a space, as (where, sentence); `path` must be a path of a run configuration."""
+    where = f"space.{path}"
+    if isinstance(value, Mapping):
+        known = [field.name for field in dataclasses.fields(Range)]
+        unknown = [key for key in value if key not in known]
+        yield from ((f"{where}.{key} = {value[key]!r}", f"unknown key{nearest(str(key), known)}") for key in unknown)
+        ends = {key: value[key] for key in ("low", "high", "step") if value.get(key) is not None}
+        yield from ((f"{where}.{key} = {end!r}", problem) for key, end in ends.items() if (problem := value_problem(path, end)))
+        if not unknown:
+            try:
+                validate(Range, value, where)
+            except ConfigError as error:
+                yield from ((where, p.removeprefix(f"{where}: ").removeprefix("(whole): ")) for p in error.problems)
+    elif not isinstance(value, list) or not value:
+        yield f"{where} = {value!r}", "expected a list of choices, or a range {low, high, log, step}"
+    else:
+        yield from ((f"{where} = {choice!r}", problem) for choice in value if (problem := value_problem(path, choice)))
+        yield from ((f"{where} = {choice!r}", "the same choice stands there twice") for i, choice in enumerate(value) if choice in value[:i])
 
 
 def distribution(choices: list[Any] | Range) -> BaseDistribution:

@@ -15,9 +15,12 @@ from research.config import RunConfig
 from research.errors import ConfigError
 from sims import AllToAll, load_cluster
 from sweeps import schema
-from sweeps.space import Range, cells, contains
+from sweeps.space import Range, cells, contains, dimension_problems, value_problem
 
 _FORBID_UNKNOWN: Any = {"extra": "forbid"}
+
+_NAME = "name = {!r}: must be letters, digits, - and _: it names a directory"
+_SEEDS = "seeds = {}: must be distinct numbers >= 0, at least one: two runs of one seed are one run"
 
 METRICS = sorted(value for name, value in vars(schema).items() if name.isupper() and isinstance(value, str) and value.split("/")[0] in
                  ("train", "routing", "validation", "model", "simulation", "reference"))  # fmt: skip
@@ -36,7 +39,9 @@ class Search:
     def __post_init__(self) -> None:
         drawn = self.sampler in ("random", "tpe")
         if drawn != (self.trials is not None):
-            raise ValueError(f"trials={self.trials} with sampler={self.sampler}: random and tpe need a number, one-factor and grid try every cell once")
+            raise ValueError(
+                f"trials={self.trials} with sampler={self.sampler}: random and tpe need a number, one-factor and grid try every cell once"
+            )
         if self.trials is not None and self.trials < 1:
             raise ValueError(f"trials={self.trials} must be >= 1")
 
@@ -112,10 +117,10 @@ class Study:
     cluster: SimulatedCluster = field(default_factory=SimulatedCluster)
 
     def __post_init__(self) -> None:
-        if not self.name or not all(c.isalnum() or c in "-_" for c in self.name):
-            raise ValueError(f"name={self.name!r} must be letters, digits, - and _: it names a directory")
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
-            raise ValueError(f"seeds={self.seeds} must be distinct numbers >= 0, at least one")
+        if not _names_a_directory(self.name):
+            raise ValueError(_NAME.format(self.name))
+        if not _distinct(self.seeds):
+            raise ValueError(_SEEDS.format(self.seeds))
         if not self.objectives:
             raise ValueError("objectives must name at least one metric")
 
@@ -150,7 +155,7 @@ def load_study(path: str | Path, overrides: Iterable[str] = ()) -> Study:
     study = configfile.validate(Study, mapping, str(path)) if _shape_is_right(mapping) else None
     problems = list(_problems(mapping, study, str(path)))
     if problems:
-        raise ConfigError(*problems)
+        raise ConfigError(*dict.fromkeys(problems))
     assert study is not None
     return study
 
@@ -168,19 +173,11 @@ def _problems(mapping: Mapping[str, Any], study: Study | None, source: str) -> I
         try:
             configfile.validate(Study, mapping, source)
         except ConfigError as error:
-            yield from error.problems
+            # Entries of the space are told of below, in words of their own.
+            yield from (p for p in error.problems if not p.startswith(f"{source}: space."))
+        yield from _own_problems(mapping, source)
     yield from _base_problems(mapping, source)
-    space, baseline = mapping.get("space"), mapping.get("baseline")
-    known = configfile.known_paths(RunConfig)
-    for section in ("space", "baseline"):
-        for path in mapping.get(section) or {}:
-            if path not in known:
-                yield f"{source}: {section}.{path}: no such setting{configfile.nearest(str(path), known)}"
-    if isinstance(space, dict) and isinstance(baseline, dict):
-        for path in sorted(set(space) - set(baseline)):
-            yield f"{source}: baseline: has no value for {path}, which the space varies"
-        for path in sorted(set(baseline) - set(space)):
-            yield f"{source}: baseline.{path}: is not in the space; put a fixed value into base"
+    yield from _path_problems(_mapping(mapping, "space"), _mapping(mapping, "baseline"), source)
     for objective in mapping.get("objectives") or []:
         metric = objective.get("metric") if isinstance(objective, dict) else None
         if isinstance(metric, str) and metric not in METRICS and not metric.startswith(f"{schema.BITS_PER_BYTE}/"):
@@ -195,6 +192,46 @@ def _problems(mapping: Mapping[str, Any], study: Study | None, source: str) -> I
         yield from _cell_problems(study, source)
 
 
+def _mapping(mapping: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A section, or nothing if it is no mapping (which is told of elsewhere)."""
+    value = mapping.get(key)
+    return {str(path): item for path, item in value.items()} if isinstance(value, dict) else {}
+
+
+def _path_problems(space: Mapping[str, Any], baseline: Mapping[str, Any], source: str) -> Iterable[str]:
+    """Paths that no run configuration has, values of the wrong type, and what space and baseline do not share."""
+    known = configfile.known_paths(RunConfig)
+    for section, entries in (("space", space), ("baseline", baseline)):
+        unknown = [path for path in entries if path not in known]
+        yield from (f"{source}: {section}.{path} = {entries[path]!r}: no such setting{configfile.nearest(path, known)}" for path in unknown)
+    for path in (path for path in space if path in known):
+        yield from (f"{source}: {where}: {problem}" for where, problem in dimension_problems(path, space[path]))
+    for path in (path for path in baseline if path in known):
+        if problem := value_problem(path, baseline[path]):
+            yield f"{source}: baseline.{path} = {baseline[path]!r}: {problem}"
+        elif isinstance(space.get(path), list) and not contains(space[path], baseline[path]):
+            yield f"{source}: baseline.{path} = {baseline[path]!r}: is outside space.{path} = {_show(space[path])}"
+    yield from (f"{source}: baseline: has no value for {path}, which the space varies" for path in sorted(set(space) - set(baseline)))
+    yield from (f"{source}: baseline.{path}: is not in the space; put a fixed value into base" for path in sorted(set(baseline) - set(space)))
+
+
+def _own_problems(mapping: Mapping[str, Any], source: str) -> Iterable[str]:
+    """What `Study.__post_init__` would say, which is not asked while a field is wrong."""
+    name, seeds = mapping.get("name"), mapping.get("seeds")
+    if isinstance(name, str) and not _names_a_directory(name):
+        yield f"{source}: {_NAME.format(name)}"
+    if isinstance(seeds, list) and all(isinstance(s, int) for s in seeds) and not _distinct(seeds):
+        yield f"{source}: {_SEEDS.format(seeds)}"
+
+
+def _names_a_directory(name: str) -> bool:
+    return bool(name) and all(c.isalnum() or c in "-_" for c in name)
+
+
+def _distinct(seeds: list[int]) -> bool:
+    return bool(seeds) and len(set(seeds)) == len(seeds) and min(seeds) >= 0
+
+
 def _base_problems(mapping: Mapping[str, Any], source: str) -> Iterable[str]:
     base = mapping.get("base")
     if isinstance(base, dict):
@@ -206,7 +243,10 @@ def _base_problems(mapping: Mapping[str, Any], source: str) -> Iterable[str]:
 
 def _cell_problems(study: Study, source: str) -> Iterable[str]:
     """Mistakes that only show when the pieces are put together: an impossible cell, a baseline outside the space."""
-    if any(path not in configfile.known_paths(RunConfig) for path in study.space) or set(study.baseline) != set(study.space):
+    known = configfile.known_paths(RunConfig)
+    if any(path not in known for path in study.space) or set(study.baseline) != set(study.space):
+        return
+    if any(any(dimension_problems(path, study.space[path])) for path in study.space if not isinstance(study.space[path], Range)):
         return
     for path, value in study.baseline.items():
         if not contains(study.space[path], value):
@@ -235,7 +275,9 @@ def _show(choices: Any) -> str:
 
 def label(cell: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
     """A short readable name of a cell: what differs from the baseline, `baseline` if nothing does."""
-    parts = [f"{short_name(path)}={'none' if value is None else value}" for path, value in cell.items() if path not in baseline or baseline[path] != value]
+    parts = [
+        f"{short_name(path)}={'none' if value is None else value}" for path, value in cell.items() if path not in baseline or baseline[path] != value
+    ]
     return ", ".join(parts) or "baseline"
 
 

@@ -1,0 +1,214 @@
+"""The report's text: Markdown that a code host renders, every number computed from the store."""
+
+from collections.abc import Sequence
+
+from reports import analysis
+from reports.analysis import Estimate
+from reports.figures import Figure
+from reports.store import Run, StudyRecord
+from sweeps import schema
+
+
+def markdown(record: StudyRecord, figures: Sequence[Figure], missing: Sequence[str]) -> str:
+    """The whole page."""
+    variants = record.variants
+    base = next((runs for runs in variants.values() if runs[0].baseline), [])
+    drawn = {figure.name: _figure(figure) for figure in figures}
+    sections = [
+        f"# {record.study['question']}",
+        _state(record),
+        "## Answer",
+        "\n".join(f"- {sentence}" for sentence in analysis.verdict(record)),
+        _floor(base),
+        analysis.reference_sentence(record),
+        drawn.get("effects", ""),
+        "## Variants",
+        _variants_table(record, base),
+        "± is half a 95 % t-interval over seeds; differences are paired seed by seed. Bytes are of a 16-bit cache. "
+        "Violation is (largest load - mean) / mean; simulated time is dispatch and combine of one layer.",
+        "## Over training",
+        drawn.get("loss-curves", ""),
+        _domain_table(record),
+        "## What it costs and what it saves",
+        drawn.get("trade-off", ""),
+        drawn.get("all-to-all-by-limit", ""),
+        _limit_table(record),
+        "The cluster is simulated: published measurements over M do not exist, so its curve over M rests on exact bytes and on "
+        "measured bandwidths, not on a measured sweep.",
+        "## Who was routed where",
+        drawn.get("expert-load", ""),
+        "## What matters",
+        drawn.get("importances", ""),
+        "\n".join(f"- Not shown. {sentence}" for sentence in missing),
+        "## Set-up",
+        _setup(record, base),
+        "## What did not finish",
+        _failures(record),
+        "## Provenance",
+        _provenance(record),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _state(record: StudyRecord) -> str:
+    done, planned = sum(run.finished for run in record.runs), record.state.get("planned")
+    if record.state.get("state") == "finished":
+        return f"Study `{record.study['name']}`: {done} runs, all finished."
+    return f"> **This study has not finished cleanly.** State: {record.state.get('state', 'unknown')}; {done} of {planned} runs finished. What follows rests on those."
+
+
+def _floor(base: Sequence[Run]) -> str:
+    floor = analysis.noise_floor(base, schema.BITS_PER_BYTE)
+    if floor is None:
+        return "The baseline has fewer than two finished seeds: there is no noise floor."
+    return f"Noise floor: the baseline's standard deviation over {sum(run.finished for run in base)} seeds is {floor:.4f} bits per byte."
+
+
+def _figure(figure: Figure) -> str:
+    return f"![{figure.alternative}](figures/{figure.name}.png)\n\n*{figure.caption}*"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", f"|{'|'.join([':---'] + ['---:'] * (len(head) - 1))}|"]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+def _plus(value: Estimate | None, digits: int = 4, *, sign: bool = False) -> str:
+    if value is None:
+        return "not recorded"
+    mean = f"{value.mean:+.{digits}f}" if sign else f"{value.mean:.{digits}f}"
+    if value.low is None or value.high is None:
+        return f"{mean} (one seed: no interval)"
+    return f"{mean} ± {(value.high - value.low) / 2:.{digits}f}"
+
+
+def _number(value: Estimate | None, form: str) -> str:
+    return "not recorded" if value is None else form.format(value.mean)
+
+
+def _variants_table(record: StudyRecord, base: Sequence[Run]) -> str:
+    head = ["variant", "seeds", "bits per byte", "difference to baseline", "below order-2 model", "KV bytes/token", "activated parameters",
+            "devices/token", "expert violation", "device violation", "dropped", "simulated all-to-all (µs)", "tokens/s"]  # fmt: skip
+    rows = []
+    for name, runs in record.variants.items():
+        loss, reference, time = (analysis.metric(runs, key) for key in (schema.BITS_PER_BYTE, schema.NGRAM_BITS_PER_BYTE, schema.ALL_TO_ALL_SECONDS))
+        difference = "baseline" if runs[0].baseline else _plus(analysis.paired(runs, base, schema.BITS_PER_BYTE), sign=True)
+        rows.append(
+            [
+                name,
+                f"{sum(run.finished for run in runs)} of {len(runs)}",
+                _plus(loss),
+                difference,
+                f"{1 - loss.mean / reference.mean:.1%}" if loss and reference else "not recorded",
+                _number(analysis.metric(runs, schema.KV_BYTES_PER_TOKEN), "{:,.0f}"),
+                _number(analysis.metric(runs, schema.ACTIVATED_PARAMETERS), "{:,.0f}"),
+                _number(analysis.metric(runs, schema.DISTINCT_DEVICES), "{:.2f}"),
+                _number(analysis.metric(runs, schema.EXPERT_VIOLATION), "{:.2f}"),
+                _number(analysis.metric(runs, schema.DEVICE_VIOLATION), "{:.2f}"),
+                _number(analysis.metric(runs, schema.DROPPED_SHARE), "{:.1%}"),
+                f"{time.mean * 1e6:,.0f}" if time else "not recorded",
+                _number(analysis.metric(runs, schema.TOKENS_PER_SECOND), "{:,.0f}"),
+            ]
+        )
+    return _table(head, rows)
+
+
+def _domain_table(record: StudyRecord) -> str:
+    prefix = f"{schema.BITS_PER_BYTE}/"
+    domains = sorted({key.removeprefix(prefix) for run in record.runs for key in run.metrics if key.startswith(prefix)})
+    if not domains:
+        return ""
+    rows = [[name, *(_plus(analysis.metric(runs, prefix + d), 3) for d in domains)] for name, runs in record.variants.items()]
+    return "Held-out bits per byte by domain:\n\n" + _table(["variant", *domains], rows)
+
+
+def _limit_table(record: StudyRecord) -> str:
+    base = next((run for run in record.runs if run.baseline and run.simulation), None)
+    if base is None:
+        return ""
+    rows = []
+    for limit, result in base.simulation["by_device_limit"].items():
+        cells = (result["dispatch_seconds"] * 1e6, result["combine_seconds"] * 1e6)
+        rows.append(
+            [
+                limit,
+                f"{result['distinct_devices_per_token']:.3f}",
+                *(f"{c:,.0f}" for c in cells),
+                f"{result['nvlink_bytes'] / 1e6:,.1f}",
+                f"{result['infiniband_bytes'] / 1e6:,.1f}",
+                result["dispatch"]["binds"],
+                f"GPU {result['dispatch']['straggler']}",
+            ]
+        )
+    head = ["M", "devices/token", "dispatch (µs)", "combine (µs)", "NVLink MB (physical)", "InfiniBand MB (physical)", "what binds", "straggler"]
+    return f"The baseline's routing (seed {base.seed}) under every device limit:\n\n" + _table(head, rows)
+
+
+def _setup(record: StudyRecord, base: Sequence[Run]) -> str:
+    if not base or not base[0].config:
+        return "The baseline's configuration was not recorded."
+    config, cluster = base[0].config, record.study["cluster"]
+    model, data, training = config["model"], config["data"], config["training"]
+    attention, moe = model["attention"], model["moe"]
+    routed = (
+        f"{moe['n_routed_experts']} routed experts of width {moe['moe_intermediate_size']} on {moe['expert_devices']} virtual devices, {moe['num_experts_per_tok']} "
+        f"used per token, {moe['n_shared_experts']} shared, first {moe['first_k_dense_replace']} layer(s) dense"
+        if moe
+        else "no experts"
+    )
+    tokens = base[0].summary.get("tokens") or training["train_tokens"]
+    lines = [
+        f"- Model: {model['num_hidden_layers']} layers of width {model['hidden_size']}, {attention['kind'].upper()} with {attention['num_attention_heads']} heads; {routed}.",
+        f"- Data: corpus `{data['corpus']}`, byte-level BPE of {data['tokenizer_vocab_size']} tokens, sequences of {data['sequence_length']}.",
+        f"- Budget: {tokens:,} tokens per run, matched by {record.study['budget']['matched']}; seeds {', '.join(map(str, record.study['seeds']))}. "
+        "The same seed sees the same tokens in the same order in every variant.",
+        f"- Simulated cluster: {cluster['file']}, {cluster['nodes']} nodes of {cluster['gpus_per_node']} GPUs, {cluster['tokens_per_device']} tokens per GPU, "
+        f"hidden size {cluster['hidden_size']}, {cluster['dispatch_bits']}-bit dispatch and {cluster['combine_bits']}-bit combine.",
+        f"- Search: {record.study['search']['sampler']} over "
+        + "; ".join(f"`{path}` {choices if isinstance(choices, list) else dict(choices)}" for path, choices in record.study["space"].items())
+        + ".",
+        f"- Confounds: {_confounds(record, base)}",
+    ]
+    return "\n".join(lines)
+
+
+def _confounds(record: StudyRecord, base: Sequence[Run]) -> str:
+    """Settings that differ between a variant and the baseline although the space does not vary them."""
+    searched = set(record.study["space"])
+    reference = dict(_leaves(base[0].config))
+    unexpected = sorted({path for run in record.runs for path, value in _leaves(run.config) if reference.get(path) != value} - searched - {"seed"})
+    return f"also different between runs: {', '.join(unexpected)}." if unexpected else "resolved configurations differ only in the searched settings and the seed."
+
+
+def _leaves(value: object, prefix: str = "") -> list[tuple[str, object]]:
+    if not isinstance(value, dict):
+        return [(prefix, value)]
+    return [leaf for key, item in value.items() for leaf in _leaves(item, f"{prefix}.{key}".lstrip("."))]
+
+
+def _failures(record: StudyRecord) -> str:
+    rows = [
+        f"- `{run.name}` ({run.variant}, seed {run.seed}): {run.state}" + (f": {run.reason.strip().splitlines()[-1]}" if run.reason else "")
+        for run in record.runs
+        if not run.finished
+    ]
+    planned = record.state.get("planned", len(record.runs))
+    if planned > len(record.runs):
+        rows.append(f"- {planned - len(record.runs)} planned runs were never started.")
+    return "\n".join(rows) or "Nothing: every planned run finished."
+
+
+def _provenance(record: StudyRecord) -> str:
+    commits = sorted({run.commit for run in record.runs})
+    versions = ", ".join(f"{name} {value}" for name, value in sorted(record.state.get("versions", {}).items()))
+    devices = sorted({run.summary["device"] for run in record.runs if run.summary.get("device")})
+    ids = ", ".join(f"`{run.config_id}` ({run.name})" for run in record.runs)
+    lines = [
+        f"- Commit: {', '.join(commits) or 'not recorded'}",
+        f"- Versions: {versions or 'not recorded'}",
+        f"- Trained on: {'; '.join(devices) or 'not recorded'}",
+        f"- Configuration ids: {ids}",
+        "- Data: sources, hashes and licences: `python -m research data list`",
+        f"- Reproduce: `python -m sweeps run {schema.STUDY_FILE}` with the file of this name beside the report, then `python -m reports build {record.study['name']}`",
+    ]
+    return "\n".join(lines)
