@@ -32,7 +32,7 @@ class Estimate:
 
 def estimate(values: Sequence[float]) -> Estimate | None:
     """None where there is no value."""
-    if not values:
+    if not len(values):
         return None
     mean = float(np.mean(values))
     if len(values) == 1:
@@ -81,7 +81,9 @@ def importances(record: StudyRecord, name: str) -> Importances:
     rows = [(runs[0].parameters, e.mean) for runs in record.variants.values() if (e := metric(runs, name)) is not None]
     varied = {path for path in (rows[0][0] if rows else {}) if len({str(p[path]) for p, _ in rows}) > 1}
     if len(rows) < 4 or len(varied) < 2:
-        return Importances(fanova={}, ped_anova={}, missing=f"{len(rows)} finished variants of {len(varied)} settings are too few (4 and 2 are needed)")
+        return Importances(
+            fanova={}, ped_anova={}, missing=f"{len(rows)} finished variants of {len(varied)} settings are too few (4 and 2 are needed)"
+        )
     study = optuna.create_study(direction="minimize")
     choices = {path: sorted({p[path] for p, _ in rows}, key=lambda v: (v is None, str(v))) for path in sorted(varied)}
     for parameters, value in rows:

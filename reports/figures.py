@@ -1,10 +1,11 @@
 """The pictures, by matplotlib, the same bytes each time."""
 
 import io
-
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
+from cycler import cycler
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -15,14 +16,14 @@ from reports import analysis
 from reports.store import StudyRecord
 from sweeps import schema
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.dpi": 130,
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.25,
-    "axes.prop_cycle": mpl.cycler(color=["#1b1b1b", "#0b6bb8", "#d1495b", "#2a9d5c", "#e08e1b", "#7b52ab", "#19a0a8", "#8a6d3b", "#c2569b", "#6c757d"]),
+    "axes.prop_cycle": cycler(color=["#1b1b1b", "#0b6bb8", "#d1495b", "#2a9d5c", "#e08e1b", "#7b52ab", "#19a0a8", "#8a6d3b", "#c2569b", "#6c757d"]),
     "legend.frameon": False,
 }
 
@@ -78,10 +79,20 @@ def loss_curves(record: StudyRecord) -> Figure | str:
     reference = analysis.metric(record.runs, schema.NGRAM_BITS_PER_BYTE)
     if reference is not None:
         right.axhline(reference.mean, ls="--", lw=1, color="#888")
-        right.annotate("order-2 model of the same tokens", (0.98, reference.mean), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color="#666")
+        right.annotate(
+            "order-2 model of the same tokens",
+            (0.98, reference.mean),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+            fontsize=8,
+            color="#666",
+        )
     right.legend(fontsize=7)
     caption = "Loss over training. Lines are means over seeds, bands reach from the lowest to the highest seed."
-    return _finish(canvas, "loss-curves", caption, f"Training loss and held-out bits per byte of {len(record.variants)} variants over tokens, falling.")
+    return _finish(
+        canvas, "loss-curves", caption, f"Training loss and held-out bits per byte of {len(record.variants)} variants over tokens, falling."
+    )
 
 
 def effects(record: StudyRecord) -> Figure | str:
@@ -110,7 +121,7 @@ def effects(record: StudyRecord) -> Figure | str:
 
 def trade_off(record: StudyRecord) -> Figure | str:
     """Loss against cache against communication time, Pareto front marked."""
-    points = {}
+    points: dict[str, tuple[float, ...]] = {}
     for name, runs in record.variants.items():
         loss, cache, time = (analysis.metric(runs, k) for k in (schema.BITS_PER_BYTE, schema.KV_BYTES_PER_TOKEN, schema.ALL_TO_ALL_SECONDS))
         if loss and cache and time:
@@ -119,9 +130,9 @@ def trade_off(record: StudyRecord) -> Figure | str:
         return "Trade-off: fewer than two variants have loss, cache and simulated time."
     front = analysis.pareto(points)
     canvas, axes = plt.subplots(1, 2, figsize=(9.2, 3.8), sharey=True)
-    for index, (name, (loss, cache, time)) in enumerate(points.items()):
-        for place, x in ((axes[0], cache), (axes[1], time * 1e6)):
-            place.scatter(x, loss, s=60 if name in front else 28, marker="o" if name in front else "x", color=f"C{index % 10}", label=name)
+    for index, (name, point) in enumerate(points.items()):
+        for place, x in ((axes[0], point[1]), (axes[1], point[2] * 1e6)):
+            place.scatter(x, point[0], s=60 if name in front else 28, marker="o" if name in front else "x", color=f"C{index % 10}", label=name)
     axes[0].set(xlabel="KV cache (bytes per token, 16 bits)", ylabel="held-out bits per byte")
     axes[1].set(xlabel="simulated all-to-all, dispatch and combine (µs)")
     axes[1].legend(fontsize=7)
@@ -137,7 +148,9 @@ def expert_load(record: StudyRecord) -> Figure | str:
     name, run = next(iter(traced.items()))
     trace = run.trace
     assert trace is not None
-    load = np.stack([np.bincount(step.ravel(), minlength=trace.n_routed_experts) for step in trace.expert_ids.reshape(-1, *trace.expert_ids.shape[2:])])
+    load = np.stack(
+        [np.bincount(step.ravel(), minlength=trace.n_routed_experts) for step in trace.expert_ids.reshape(-1, *trace.expert_ids.shape[2:])]
+    )
     load = load / load.mean(1, keepdims=True)
     canvas, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.8), gridspec_kw={"width_ratios": [1.25, 1]})
     picture = left.imshow(load, aspect="auto", cmap="cividis", vmin=0, vmax=max(2.0, float(load.max())), interpolation="nearest")
@@ -155,7 +168,12 @@ def expert_load(record: StudyRecord) -> Figure | str:
     right.set(xlabel="device, busiest first", ylabel="load over mean", title="devices at the end, first seed")
     right.legend(fontsize=7)
     caption = "Expert load over training (1 is perfect balance), and device load of every variant at its end, on held-out text."
-    return _finish(canvas, "expert-load", caption, f"Heat map of expert load of {name}; the busiest expert carries {load[-1].max():.2f} times the mean at the end.")
+    return _finish(
+        canvas,
+        "expert-load",
+        caption,
+        f"Heat map of expert load of {name}; the busiest expert carries {load[-1].max():.2f} times the mean at the end.",
+    )
 
 
 def all_to_all_by_limit(record: StudyRecord) -> Figure | str:
@@ -191,7 +209,9 @@ def importance_bars(record: StudyRecord) -> Figure | str:
     axes.legend(fontsize=8)
     first = [max(v, key=v.__getitem__).removeprefix("model.") for v in (found.fanova, found.ped_anova) if v]
     agree = f"Both name {first[0]} first." if len(set(first)) == 1 else f"They disagree: fANOVA names {first[0]} first, PED-ANOVA {first[-1]}."
-    return _finish(canvas, "importances", f"Importance of the searched settings by two evaluators over {len(record.variants)} variants. {agree}", agree)
+    return _finish(
+        canvas, "importances", f"Importance of the searched settings by two evaluators over {len(record.variants)} variants. {agree}", agree
+    )
 
 
 def _finish(canvas: Canvas, name: str, caption: str, alternative: str) -> Figure:
@@ -201,5 +221,3 @@ def _finish(canvas: Canvas, name: str, caption: str, alternative: str) -> Figure
     canvas.savefig(buffer, format="png", metadata={"Software": None})
     plt.close(canvas)
     return Figure(name, caption, alternative, buffer.getvalue())
-
-

@@ -177,7 +177,11 @@ def _confounds(record: StudyRecord, base: Sequence[Run]) -> str:
     searched = set(record.study["space"])
     reference = dict(_leaves(base[0].config))
     unexpected = sorted({path for run in record.runs for path, value in _leaves(run.config) if reference.get(path) != value} - searched - {"seed"})
-    return f"also different between runs: {', '.join(unexpected)}." if unexpected else "resolved configurations differ only in the searched settings and the seed."
+    return (
+        f"also different between runs: {', '.join(unexpected)}."
+        if unexpected
+        else "resolved configurations differ only in the searched settings and the seed."
+    )
 
 
 def _leaves(value: object, prefix: str = "") -> list[tuple[str, object]]:

@@ -3,6 +3,7 @@
 Both are asked in turns: `free()` slots, `start(job)`, `poll()` for what happened, `request_stop()`.
 """
 
+import logging
 import os
 import threading
 import time
@@ -18,6 +19,8 @@ from sweeps.trial import Job
 
 START_SECONDS = 120.0
 POLL_SECONDS = 60.0
+PASSED_ON = ("MOELAB_HOME", "MOELAB_CACHE", "XDG_CACHE_HOME")
+"""Workers of a Ray that was there before inherit its environment, not the driver's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +46,9 @@ class Executor(Protocol):
 class Worker:
     """Runs one job at a time in a thread and answers questions meanwhile.  Becomes a Ray actor as it is."""
 
-    def __init__(self, core: int | None = None) -> None:
+    def __init__(self, core: int | None = None, directory: str | None = None) -> None:
+        if directory is not None and os.path.isdir(directory):
+            os.chdir(directory)  # the paths of a study's texts are relative to where the study was started
         # One worker, one core: a thread that shares its core with another's stalls both.
         if core is not None and hasattr(os, "sched_setaffinity"):
             allowed = sorted(os.sched_getaffinity(0))
@@ -128,12 +133,8 @@ class RayExecutor:
 
         self._ray = ray
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        address = os.environ.get("RAY_ADDRESS")
         if not ray.is_initialized():
-            if address or os.environ.get("RAY_JOB_ID"):
-                ray.init(address=address or "auto", log_to_driver=False, logging_level="ERROR")
-            else:
-                ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            _connect(ray, os.environ.get("RAY_ADDRESS"))
         total = ray.cluster_resources()
         gpus, cpus = total.get("GPU", 0.0), int(total.get("CPU", 0))
         self._gpus = resources.gpus_per_worker if gpus else 0.0
@@ -146,12 +147,24 @@ class RayExecutor:
                 f"resources: {resources.workers} workers of {resources.cpus_per_worker} CPUs and {self._gpus:g} GPUs do not fit on "
                 f"{cpus} CPUs and {gpus:g} GPUs; room for {fits}"
             )
-        local = len([n for n in ray.nodes() if n["Alive"]]) == 1
-        self._pin = local and not self._gpus and resources.cpus_per_worker == 1 and wanted <= (os.cpu_count() or 1)
+        # Only where the workers fill the machine: another study's workers would be pinned to the same cores.
+        alone = len([n for n in ray.nodes() if n["Alive"]]) == 1 and wanted == cpus == os.cpu_count()
+        self._pin = alone and not self._gpus and resources.cpus_per_worker == 1
         self._cpus = resources.cpus_per_worker
         self._actors: list[Any] = [self._actor(i) for i in range(wanted)]
         self._runs: list[str | None] = [None] * wanted
-        ray.get([a.poll.remote() for a in self._actors], timeout=START_SECONDS)
+        self._await_workers()
+
+    def _await_workers(self) -> None:
+        """Ray waits for ever for resources that never come; a person should not."""
+        try:
+            self._ray.get([a.poll.remote() for a in self._actors], timeout=START_SECONDS)
+        except self._ray.exceptions.GetTimeoutError as error:
+            free, total = self._ray.available_resources(), self._ray.cluster_resources()
+            held = ", ".join(f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind}s" for kind in ("CPU", "GPU"))
+            raise ConfigError(
+                f"resources: {len(self._actors)} workers did not start within {START_SECONDS:.0f} s; free: {held}; is another job running?"
+            ) from error
 
     @property
     def workers(self) -> int:
@@ -159,8 +172,9 @@ class RayExecutor:
 
     def _actor(self, index: int) -> Any:
         threads = {"OMP_NUM_THREADS": str(self._cpus), "TOKENIZERS_PARALLELISM": "false"}
+        threads |= {name: os.environ[name] for name in PASSED_ON if name in os.environ}
         options = {"num_cpus": self._cpus, "num_gpus": self._gpus, "max_restarts": 0, "runtime_env": {"env_vars": threads}}
-        return self._ray.remote(Worker).options(**options).remote(index if self._pin else None)
+        return self._ray.remote(Worker).options(**options).remote(index if self._pin else None, os.getcwd())
 
     def free(self) -> int:
         return sum(run is None for run in self._runs)
@@ -195,6 +209,19 @@ class RayExecutor:
             self._ray.kill(actor)
         self._ray.shutdown()
         time.sleep(0)
+
+
+def _connect(ray: Any, address: str | None) -> None:
+    """To the cluster at `address` ($RAY_ADDRESS, which a Ray job has), else to a local one that ends with this process."""
+    if address and address.startswith(("http://", "https://")):
+        raise ConfigError(f"RAY_ADDRESS = {address!r}: is a dashboard's address, for `python -m sweeps submit`; `run` needs host:port or auto")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    place = {"address": address} if address else {"include_dashboard": False}
+    try:
+        ray.init(**place, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"RAY_ADDRESS = {address!r}: no Ray cluster answers there ({str(error).splitlines()[0]})") from error
 
 
 def _first_lines(error: BaseException) -> str:

@@ -2,16 +2,20 @@
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from research import accounting
-from research.config import RunConfig
+from research.config import Domain, RunConfig
 from sweeps import schema
 from sweeps.space import cells
 from sweeps.study import Study, label
 
+PROBE_STEPS = 5
+PROBE_PARAMETERS = 50_000_000
+START_SECONDS = 3.0
+"""Of a run: reading the data, the order-2 yardstick, the trace and its simulation."""
 PROBE_SIZE = 512
 PROBE_SECONDS = 0.4
 SHARE_OF_PEAK = 0.25
@@ -25,7 +29,7 @@ def plan(study: Study, root: Path, workers: int) -> dict[str, Any]:
     """
     designed = study.search.sampler in ("one-factor", "grid")
     chosen = cells(study) if designed else [dict(study.baseline)]
-    rate, source = _rate(root)
+    rate, source = _rate(root, study.run_config(study.baseline, study.seeds[0]))
     rows = [_row(study, study.run_config(cell, study.seeds[0]), label(cell, study.baseline), rate) for cell in chosen]
     trials = len(chosen) if designed else int(study.search.trials or 1)
     per_run = sum(row["seconds"] for row in rows) / len(rows)
@@ -56,12 +60,20 @@ def _row(study: Study, config: RunConfig, variant: str, rate: float) -> dict[str
         "train_tokens": config.training.train_tokens,
         "train_flops": flops,
         "memory_bytes": accounting.training_memory_bytes(config.model, size, config.data.sequence_length),
-        "seconds": flops / rate,
+        "seconds": flops * (1 + _validation_share(config)) / rate + START_SECONDS,
     }
 
 
-def _rate(root: Path) -> tuple[float, str]:
-    """FLOP/s of a worker: as measured by runs that the root has, else guessed from a short matrix product."""
+def _validation_share(config: RunConfig) -> float:
+    """Cost of the validations over that of the training: a forward pass is a third of a step."""
+    training = config.training
+    domains = len(get_args(Domain)) if config.data.corpus in ("quickstart", "default") else 1
+    validations = max(config.steps // training.validate_every, 1)
+    return validations * domains * training.validation_tokens / 3 / training.train_tokens
+
+
+def _rate(root: Path, config: RunConfig) -> tuple[float, str]:
+    """FLOP/s of a worker: as measured by runs that the root has, else by steps of the baseline, else guessed from a matrix product."""
     rates = []
     for path in sorted((root / schema.RUNS_DIRECTORY).glob(f"*/{schema.SUMMARY_FILE}")):
         summary = _json(path)
@@ -69,6 +81,8 @@ def _rate(root: Path) -> tuple[float, str]:
             rates.append(summary["metrics"][schema.TRAIN_FLOPS_PER_TOKEN] * summary["tokens"] / summary["seconds"])
     if rates:
         return float(np.median(rates)), f"the median of {len(rates)} finished runs of this study"
+    if accounting.total_parameters(config.model) <= PROBE_PARAMETERS:
+        return _measured(config), f"measured on this machine now: {PROBE_STEPS} training steps of the baseline on one thread, random tokens"
     a = np.random.default_rng(0).random((PROBE_SIZE, PROBE_SIZE), np.float32)
     count, began = 0, time.perf_counter()
     while time.perf_counter() - began < PROBE_SECONDS:
@@ -76,6 +90,29 @@ def _rate(root: Path) -> tuple[float, str]:
         count += 1
     peak = count * 2 * PROBE_SIZE**3 / (time.perf_counter() - began)
     return peak * SHARE_OF_PEAK, f"estimated as {SHARE_OF_PEAK:.0%} of a matrix product's rate here"
+
+
+def _measured(config: RunConfig) -> float:
+    """FLOP/s of forward and backward passes of the real model on one thread; the first, which warms up, is not counted."""
+    import torch  # noqa: PLC0415  (seconds, and only this estimate needs it)
+
+    from research.model.transformer import Transformer, language_loss  # noqa: PLC0415
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        model = Transformer(config.model).initialise(0)
+        size = config.training.micro_batch_size or config.training.batch_size
+        ids = torch.randint(config.model.vocab_size, (size, config.data.sequence_length + 1), generator=torch.Generator().manual_seed(0))
+        began = 0.0
+        for step in range(PROBE_STEPS + 1):
+            if step == 1:
+                began = time.perf_counter()
+            language_loss(model(ids[:, :-1]).logits, ids[:, 1:]).backward()
+        seconds = (time.perf_counter() - began) / PROBE_STEPS
+    finally:
+        torch.set_num_threads(threads)
+    return accounting.train_flops_per_token(config.model, config.data.sequence_length) * size * config.data.sequence_length / seconds
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,109 @@
+"""Planted truth in, the right words out; the same bytes each time; nothing missing is filled in."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from reports import analysis
+from reports.build import build
+from reports.store import load
+from research.errors import UserError
+from sweeps import schema
+
+
+def test_planted_effects_get_the_right_verdict(write_store, tmp_path):
+    record = load(write_store(tmp_path / "s", {"kv_lora_rank=16": 0.2, "device_limit=2": -0.1}))
+    sentences = {re.search(r"\*\*(.*?)\*\*", s).group(1): s for s in analysis.verdict(record)}
+    assert re.search(r"costs 0\.(19|20)\d+ ±", sentences["kv_lora_rank=16"])
+    assert "the KV cache -75%" in sentences["kv_lora_rank=16"]
+    assert re.search(r"gains 0\.(09|10)\d+ ±", sentences["device_limit=2"])
+    assert "no difference that 3 seeds can show" in sentences["device_limit=8"]
+    assert "simulated all-to-all time +33%" in sentences["device_limit=8"]
+
+
+def test_intervals_are_students_and_paired(write_store, tmp_path):
+    record = load(write_store(tmp_path / "s"))
+    runs = record.variants
+    base, other = ([r.metrics[schema.BITS_PER_BYTE] for r in runs[n]] for n in ("baseline", "device_limit=2"))
+    found = analysis.paired(runs["device_limit=2"], runs["baseline"], schema.BITS_PER_BYTE)
+    d = np.subtract(other, base)
+    assert found.mean == pytest.approx(d.mean())
+    assert found.high - found.mean == pytest.approx(4.302652729911275 * d.std(ddof=1) / np.sqrt(3))
+    # Seeds differ by 0.05 each, variants by nothing: pairing takes the seeds out.
+    assert found.high - found.low < 0.02 < analysis.noise_floor(runs["baseline"], schema.BITS_PER_BYTE)
+
+
+def test_with_no_effect_false_alarms_stay_at_the_stated_level():
+    random = np.random.default_rng(0)
+    alarms = np.mean([analysis.estimate(random.normal(0, 1, 3)).resolved for _ in range(2000)])
+    assert 0.035 < alarms < 0.065
+
+
+def test_pareto():
+    assert analysis.pareto({"a": (1.0, 2.0), "b": (2.0, 1.0), "c": (2.0, 2.0), "d": (1.0, 2.0)}) == {"a", "b", "d"}
+
+
+def test_the_page_says_everything_and_is_the_same_when_built_again(write_store, tmp_path):
+    root = write_store(tmp_path / "s", {"kv_lora_rank=16": 0.2})
+    page = build(root)
+    first = {p.name: p.read_bytes() for p in page.parent.rglob("*") if p.is_file()}
+    build(root)
+    assert first == {p.name: p.read_bytes() for p in page.parent.rglob("*") if p.is_file()}
+    text = (page.parent / "report.md").read_text()
+    for words in (
+        "Does it matter?",
+        "Noise floor",
+        "below an order-2",
+        "Nothing: every planned run finished",
+        "`id00` (000-0)",
+        "differ only in the searched",
+    ):
+        assert words in text
+    for picture in re.findall(r"\]\((figures/.*?\.png)\)", text):
+        assert (page.parent / picture).stat().st_size > 5000
+    assert len(re.findall(r"!\[.{20,}\]\(figures/", text)) >= 5
+    whole = page.read_text()
+    assert "<script src" not in whole
+    assert not re.search(r'(src|href)="(?!data:|#)', whole)
+    assert whole.count("<figure>") == whole.count("data:image/png")
+    assert page.stat().st_size < 3_000_000
+
+
+def test_failures_missing_seeds_and_an_unfinished_study_are_said(write_store, tmp_path):
+    states = {("device_limit=2", 1): schema.FAILED, ("device_limit=8", 0): schema.DIVERGED, ("kv_lora_rank=16", 2): "running"}
+    root = write_store(tmp_path / "s", states=states, state="running")
+    text = (build(root).parent / "report.md").read_text()
+    assert "has not finished cleanly" in text
+    assert "(device_limit=2, seed 1): failed: ValueError: planted" in text
+    assert "(device_limit=8, seed 0): diverged" in text
+    assert "(kv_lora_rank=16, seed 2): not finished" in text
+    record = load(root)
+    assert analysis.paired(record.variants["device_limit=8"], record.variants["baseline"], schema.BITS_PER_BYTE).seeds == 2
+
+
+def test_without_a_finished_baseline_nothing_is_compared(write_store, tmp_path):
+    states = {("baseline", seed): schema.FAILED for seed in (0, 1, 2)}
+    root = write_store(tmp_path / "s", states=states, state="finished-with-failures")
+    text = (build(root).parent / "report.md").read_text()
+    assert "There is no finished baseline" in text
+    assert "not recorded" in text
+
+
+def test_what_is_no_study_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is no study's root"):
+        build(tmp_path)
+    done = subprocess.run([sys.executable, "-m", "reports", "build", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "study.yaml" in done.stderr
+
+
+def test_another_schema_is_refused(write_store, tmp_path):
+    root = write_store(tmp_path / "s")
+    path = root / schema.RUNS_DIRECTORY / "000-0" / schema.RUN_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 99}))
+    with pytest.raises(UserError, match="schema 99"):
+        load(root)
