@@ -87,7 +87,9 @@ def importances(record: StudyRecord, name: str) -> Importances:
     study = optuna.create_study(direction="minimize")
     choices = {path: sorted({p[path] for p, _ in rows}, key=lambda v: (v is None, str(v))) for path in sorted(varied)}
     for parameters, value in rows:
-        distributions = {path: optuna.distributions.CategoricalDistribution(values) for path, values in choices.items()}
+        distributions: dict[str, optuna.distributions.BaseDistribution] = {
+            path: optuna.distributions.CategoricalDistribution(values) for path, values in choices.items()
+        }
         study.add_trial(optuna.trial.create_trial(params={p: parameters[p] for p in choices}, distributions=distributions, value=value))
     found = []
     with warnings.catch_warnings():

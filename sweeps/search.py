@@ -10,7 +10,7 @@ from typing import Any
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from sweeps import schema
 from sweeps.space import cells, distribution
@@ -19,8 +19,10 @@ from sweeps.study import Study
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 CELLS_ENQUEUED = "cells_enqueued"
 IMPOSSIBLE = "impossible"
+REPEATS = "repeats"
+"""User attributes of trials that were drawn and not trained; they do not count."""
 TRIES = 300
-"""Impossible cells drawn one after the other before the search gives up."""
+"""Such trials one after the other before the search gives up: the space is used up."""
 
 
 class Search:
@@ -50,7 +52,7 @@ class Search:
             self._optuna.set_user_attr(CELLS_ENQUEUED, True)
         frozen = self._optuna.get_trials(deepcopy=False)
         self._adopted = [Trial(self._optuna, t._trial_id) for t in frozen if t.state == TrialState.RUNNING]
-        self._asked = sum(t.state != TrialState.WAITING and IMPOSSIBLE not in t.user_attrs for t in frozen) - len(self._adopted)
+        self._asked = sum(t.state != TrialState.WAITING and not {IMPOSSIBLE, REPEATS} & t.user_attrs.keys() for t in frozen) - len(self._adopted)
         self._in_vain = 0
 
     @property
@@ -67,10 +69,27 @@ class Search:
                 for path, choices in self._distributions.items():
                     trial._suggest(path, choices)
             return trial
-        if not self.left:
-            return None
-        self._asked += 1
-        return self._optuna.ask(self._distributions)
+        while self.left:
+            self._asked += 1
+            trial = self._optuna.ask(self._distributions)
+            first = next((t for t in self._optuna.get_trials(deepcopy=False) if t.params == trial.params and t.number < trial.number), None)
+            if first is None:
+                return trial
+            self._repeat(trial, first)
+        return None
+
+    def _repeat(self, trial: Trial, first: FrozenTrial) -> None:
+        """A cell that was drawn before is not trained again: the sampler is told what came of it, if that is known by now."""
+        if IMPOSSIBLE in first.user_attrs:
+            self.impossible(trial, first.user_attrs[IMPOSSIBLE])
+            return
+        trial.set_user_attr(REPEATS, first.number)
+        if first.state == TrialState.COMPLETE:
+            self._optuna.tell(trial, first.values)
+        else:
+            self._optuna.tell(trial, state=TrialState.FAIL)
+        self._asked -= 1
+        self._in_vain += 1
 
     def tell(self, trial: Trial, summaries: Sequence[dict[str, Any]]) -> None:
         """The mean over the seeds that finished; PRUNED if any diverged, FAIL if none finished or a metric is missing."""

@@ -9,6 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from research.config import RunConfig
+from research.data.batches import batch, heldout_batches
+from research.data.prepare import PreparedData
+
+LARGEST_TOKENS = 50_000_000
+"""Of training text that is counted in memory (about 100 bytes per token)."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Level:
@@ -72,6 +79,24 @@ def bits_per_byte(model: KneserNey, heldout_ids: np.ndarray, token_bytes: np.nda
     """Bits over the bytes that the predicted tokens spell."""
     size = int(np.asarray(token_bytes)[np.atleast_2d(heldout_ids)[:, 1:]].sum())
     return bits(model, heldout_ids) / size if size else math.nan
+
+
+def reference_bits_per_byte(data: PreparedData, config: RunConfig, steps: int) -> float:
+    """The order-2 model of exactly the batches that a run of `config` saw in `steps` steps, on its held-out windows, all domains by bytes.
+
+    ValueError if that is more than LARGEST_TOKENS tokens.
+    """
+    training = config.training
+    if (tokens := steps * training.batch_size * config.data.sequence_length) > LARGEST_TOKENS:
+        raise ValueError(f"the order-2 reference counts at most {LARGEST_TOKENS:,} training tokens in memory, the run saw {tokens:,}")
+    seen = (batch(data, config.data, seed=config.seed, step=step, batch_size=training.batch_size) for step in range(1, steps + 1))
+    model = KneserNey(np.concatenate(list(seen)), data.vocab_size)
+    token_bytes, total, size = np.asarray(data.token_bytes()), 0.0, 0
+    for domain in data.domains:
+        for window in heldout_batches(data, config.data, domain=domain, max_tokens=training.validation_tokens):
+            total += bits(model, window)
+            size += int(token_bytes[window[:, 1:]].sum())
+    return total / size
 
 
 def _codes(ids: np.ndarray, vocab_size: int, order: int) -> np.ndarray:

@@ -20,6 +20,7 @@ from research.config import RunConfig
 from research.data.batches import batch, heldout_batches
 from research.data.prepare import PreparedData, prepare
 from research.evaluation.bits_per_byte import evaluate_domains, score_metrics
+from research.evaluation.ngram import reference_bits_per_byte
 from research.model.balance import BalanceLosses, balance_losses
 from research.model.router import Routing
 from research.model.transformer import Transformer, language_loss
@@ -106,6 +107,8 @@ def train(
             state, reason = "stopped", f"asked to stop at step {step}"
             break
     trace = _trace(model, config, data, snapshots) if state == "finished" and config.model.moe_layers else None
+    if state == "finished":
+        metrics |= _yardstick(data, config, step, announce)
     return TrainingResult(
         state=state,
         reason=reason,
@@ -170,6 +173,15 @@ def _protected(config: RunConfig, step: int) -> Tensor:
 
 def _validate(model: Transformer, config: RunConfig, data: PreparedData) -> dict[str, float]:
     return score_metrics(evaluate_domains(model, data, config.data, config.training.validation_tokens))
+
+
+def _yardstick(data: PreparedData, config: RunConfig, steps: int, announce: Callable[[str], None]) -> dict[str, float]:
+    """Of the same tokens; absent, with the reason announced, where they are too many to count."""
+    try:
+        return {records.NGRAM_BITS_PER_BYTE: reference_bits_per_byte(data, config, steps)}
+    except ValueError as error:
+        announce(str(error))
+        return {}
 
 
 @torch.no_grad()

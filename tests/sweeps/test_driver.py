@@ -168,13 +168,15 @@ def test_tpe_draws_again_for_impossible_cells(study: StudyWriter, local: Path, m
     assert drive(path, root) == "finished"
     trials = optuna_trials(root)
     impossible = [t for t in trials if search.IMPOSSIBLE in t.user_attrs]
-    possible = [t for t in trials if t not in impossible]
+    possible = [t for t in trials if not {search.IMPOSSIBLE, search.REPEATS} & t.user_attrs.keys()]
     assert len(possible) == 12
     assert {t.state.name for t in possible} == {"COMPLETE"}
     assert impossible, "with M = 1 and K > 4 there are many"
     assert {t.state.name for t in impossible} == {"PRUNED"}
     assert all(t.params[CHOSEN] > 4 * t.params[LIMIT] for t in impossible)
-    assert len(list(root.glob("runs/*/summary.json"))) == len({json.dumps(t.params) for t in possible}), "no configuration twice"
+    assert len(list(root.glob("runs/*/summary.json"))) == len({json.dumps(t.params) for t in possible}) == 12, "no configuration twice"
+    repeated = [t for t in trials if search.REPEATS in t.user_attrs]
+    assert all(t.params == trials[t.user_attrs[search.REPEATS]].params for t in repeated)
 
 
 def test_mlflow_has_what_the_root_has(study: StudyWriter, local: Path) -> None:
