@@ -91,8 +91,10 @@ def _download(archive: Archive, folder: Path) -> None:
 
 
 def _last_error(stderr: str) -> str:
-    lines = [line.strip() for line in stderr.splitlines() if line.strip().startswith("ERROR")]
-    return lines[-1] if lines else (stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+    """pip's own sentence; where it only printed a traceback, that one's last line."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    said = [line for line in lines if line.startswith("ERROR") and not line.endswith("Exception:")]
+    return (said or lines or ["pip gave no reason"])[-1]
 
 
 def _check(archive: Archive, path: Path) -> None:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from research.config import AttentionConfig, ModelConfig
 from research.model.cache import LayerCache
-from research.model.layers import RMSNorm, rotate
+from research.model.layers import RMSNorm, at_least_float32, rotate
 
 
 def softmax_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
@@ -66,7 +66,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.o_proj = nn.Linear(heads * a.v_head_dim, d, bias=False)
         self.scale = 1 / math.sqrt(a.qk_head_dim)
 
-    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, cache: LayerCache | None = None) -> Tensor:
         """x (B, T, D) -> (B, T, D); with a cache, x holds the positions after the cached ones."""
         query_nope, query_rope = self._queries(x, table)
         latent, key_rope = self._latent(x, table)
@@ -94,17 +94,17 @@ class MultiHeadLatentAttention(nn.Module):
         query = torch.einsum("bhtn,hnc->bhtc", query_nope, up_key)
         scores = torch.einsum("bhtc,bsc->bhts", query, latent) + torch.einsum("bhtr,bsr->bhts", query_rope, key_rope)
         hidden = ~_visible(query.shape[-2], latent.shape[-2], latent.device)
-        probability = (scores * self.scale).masked_fill(hidden, -math.inf).softmax(-1, dtype=torch.float32).to(latent.dtype)
+        probability = (scores * self.scale).masked_fill(hidden, -math.inf).softmax(-1, dtype=at_least_float32(scores).dtype).to(latent.dtype)
         return torch.einsum("bhtc,hvc->bhtv", torch.einsum("bhts,bsc->bhtc", probability, latent), up_value)
 
-    def _queries(self, x: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _queries(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         a = self.config
         query = self.q_proj(x) if a.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         query = query.unflatten(-1, (a.num_attention_heads, a.qk_head_dim)).transpose(1, 2)
         nope, rope = query.split((a.qk_nope_head_dim, a.qk_rope_head_dim), -1)
         return nope, rotate(rope, table)
 
-    def _latent(self, x: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _latent(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         a = self.config
         latent, key_rope = self.kv_a_proj_with_mqa(x).split((a.kv_lora_rank, a.qk_rope_head_dim), -1)
         return self.kv_a_layernorm(latent), rotate(key_rope, table)
@@ -124,7 +124,7 @@ class GroupedAttention(nn.Module):
         self.o_proj = nn.Linear(a.num_attention_heads * a.v_head_dim, d, bias=False)
         self.scale = 1 / math.sqrt(a.qk_head_dim)
 
-    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, cache: LayerCache | None = None) -> Tensor:
         """x (B, T, D) -> (B, T, D); with a cache, x holds the positions after the cached ones."""
         a = self.config
         query = self._rotated(self.q_proj(x), a.num_attention_heads, table)
@@ -134,7 +134,7 @@ class GroupedAttention(nn.Module):
             key, value = cache.append(key, value)
         return self.o_proj(softmax_attention(query, key, value, scale=self.scale).transpose(1, 2).flatten(2))
 
-    def _rotated(self, x: Tensor, heads: int, table: tuple[Tensor, Tensor]) -> Tensor:
+    def _rotated(self, x: Tensor, heads: int, table: Tensor) -> Tensor:
         a = self.config
         nope, rope = x.unflatten(-1, (heads, a.qk_head_dim)).transpose(1, 2).split((a.qk_nope_head_dim, a.qk_rope_head_dim), -1)
         return torch.cat((nope, rotate(rope, table)), -1)

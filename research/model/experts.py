@@ -39,9 +39,9 @@ def grouped_experts(x_MD: Tensor, routing: Routing, gate_up: Tensor, down: Tenso
     ends = load.cumsum(0)
     order = expert.argsort(stable=True)[: int(ends[-1])]
     token = order // chosen
-    hidden = _grouped_product(x_MD[token], gate_up, ends)
+    hidden = _grouped_product(x_MD.index_select(0, token), gate_up, ends)
     gate, up = hidden.chunk(2, -1)
-    activated = F.silu(gate) * up * routing.gates_MK.flatten()[order, None].to(hidden.dtype)
+    activated = F.silu(gate) * up * routing.gates_MK.flatten().index_select(0, order)[:, None].to(hidden.dtype)
     return torch.zeros_like(x_MD).index_add_(0, token, _grouped_product(activated, down, ends))
 
 

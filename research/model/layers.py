@@ -1,12 +1,40 @@
 """The small parts: normalisation, the gated FFN, rotary position embedding."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """x, or x in float32 where it is narrower: what normalisation, gate and softmax are computed in."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+class _Normalise(torch.autograd.Function):
+    """x / rms(x) * weight with its gradient by hand: half the time of the composed form on a CPU, where no fused kernel exists."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        size = x.shape[-1]
+        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(size).add_(eps).rsqrt_()
+        unit = x * inverse
+        ctx.save_for_backward(unit, weight, inverse)
+        return unit * weight
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        unit, weight, inverse = ctx.saved_tensors
+        along = gradient * unit
+        weight_gradient = along.flatten(0, -2).sum(0)
+        mean = (along @ weight).div_(weight.shape[0])[..., None]
+        return torch.addcmul(gradient * weight, unit, mean, value=-1).mul_(inverse), weight_gradient, None
+
+
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32 at least."""
 
     def __init__(self, size: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -14,7 +42,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)
+        wide = at_least_float32(x)
+        weight = self.weight.to(wide.dtype)
+        if x.device.type == "cpu":
+            return _Normalise.apply(wide, weight, self.eps).to(x.dtype)
+        return F.rms_norm(wide, weight.shape, weight, self.eps).to(x.dtype)
 
 
 class SwiGLU(nn.Module):
@@ -30,19 +62,18 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def rotary_table(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 (T, R / 2), of `positions` (T,): pair i turns by position * theta^(-2i / R).
+def rotary_table(positions: Tensor, width: int, theta: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """e^(i angle), complex (T, R / 2), of `positions` (T,): pair i turns by position * theta^(-2i / R).
 
-    The angle is taken in float64, so that distant positions keep their precision.
+    The angle is taken in float64, so that distant positions keep their precision; the table is complex64,
+    or complex128 for a `dtype` of float64.
     """
     frequencies = theta ** (-torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width)
     angles = positions.to(torch.float64)[:, None] * frequencies
-    return angles.cos().float(), angles.sin().float()
+    return torch.polar(torch.ones_like(angles), angles).to(torch.complex128 if dtype == torch.float64 else torch.complex64)
 
 
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, table: Tensor) -> Tensor:
     """RoPE on x (..., T, R): each adjacent pair (x_2i, x_2i+1) is turned as one complex number."""
-    cos, sin = table
-    pairs = x.float().unflatten(-1, (-1, 2))
-    even, odd = pairs.unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
+    pairs = torch.view_as_complex(at_least_float32(x).unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)

@@ -6,12 +6,12 @@ from torch.nn import functional as F
 
 from research.config import ModelConfig
 from research.model.experts import RoutedExperts
-from research.model.layers import SwiGLU
+from research.model.layers import SwiGLU, at_least_float32
 from research.model.router import Routing, drop_over_capacity, route
 
 
 class Gate(nn.Module):
-    """Expert centroids e_i, (E, D): logits are u . e_i, in float32 whatever the model's precision."""
+    """Expert centroids e_i, (E, D): logits are u . e_i, in float32 at least whatever the model's precision."""
 
     def __init__(self, hidden_size: int, experts: int) -> None:
         super().__init__()
@@ -19,7 +19,7 @@ class Gate(nn.Module):
 
     def forward(self, x_MD: Tensor) -> Tensor:
         with torch.autocast(x_MD.device.type, enabled=False):
-            return F.linear(x_MD.float(), self.weight.float())
+            return F.linear(at_least_float32(x_MD), at_least_float32(self.weight))
 
 
 class MoE(nn.Module):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from research.config import MoEConfig
+from research.model.layers import at_least_float32
 
 
 class Routing(NamedTuple):
@@ -14,7 +15,7 @@ class Routing(NamedTuple):
 
     expert_ids_MK: chosen routed experts, best first.
     gates_MK: their weights, softmax over all experts times `routed_scaling_factor`, 0 where dropped.
-    scores_ME: affinities s (V2 equation 22), softmax over all routed experts, float32.
+    scores_ME: affinities s (V2 equation 22), softmax over all routed experts, float32 or wider.
     kept_MK: False where device-level dropping took the assignment away.
     """
 
@@ -39,8 +40,8 @@ def choose(scores_ME: Tensor, config: MoEConfig) -> Tensor:
 
 
 def route(logits_ME: Tensor, config: MoEConfig) -> Routing:
-    """The gate (V2 equations 21 and 22), in float32 and without renormalisation over the chosen."""
-    scores = logits_ME.float().softmax(-1)
+    """The gate (V2 equations 21 and 22), in float32 at least and without renormalisation over the chosen."""
+    scores = at_least_float32(logits_ME).softmax(-1)
     ids = choose(scores.detach(), config)
     gates = scores.gather(-1, ids) * config.routed_scaling_factor
     return Routing(ids, gates, scores, torch.ones_like(ids, dtype=torch.bool))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from research.config import ModelConfig
 from research.model.attention import GroupedAttention, MultiHeadLatentAttention
 from research.model.cache import Cache, LayerCache
-from research.model.layers import RMSNorm, SwiGLU, rotary_table
+from research.model.layers import RMSNorm, SwiGLU, at_least_float32, rotary_table
 from research.model.moe import MoE
 from research.model.router import Routing
 
@@ -37,7 +37,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(d, eps)
         self.mlp = MoE(config) if config.is_moe_layer(layer) else SwiGLU(d, config.intermediate_size)
 
-    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], cache: LayerCache | None, protected_B: Tensor | None) -> tuple[Tensor, Routing | None]:
+    def forward(self, x: Tensor, table: Tensor, cache: LayerCache | None, protected_B: Tensor | None) -> tuple[Tensor, Routing | None]:
         x = x + self.self_attn(self.input_layernorm(x), table, cache)
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
@@ -68,7 +68,7 @@ class Transformer(nn.Module):
         start = cache.length if cache is not None else 0
         a = self.config.attention
         positions = torch.arange(start, start + ids.shape[1], device=ids.device)
-        table = rotary_table(positions, a.qk_rope_head_dim, a.rope_theta)
+        table = rotary_table(positions, a.qk_rope_head_dim, a.rope_theta, self.lm_head.weight.dtype)
         x = self.embed_tokens(ids)
         routings: dict[int, Routing] = {}
         for index, block in enumerate(self.layers):
@@ -90,5 +90,5 @@ class Transformer(nn.Module):
 
 
 def language_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats per token of logits (B, T, vocabulary) for targets (B, T), in float32."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+    """Mean cross-entropy in nats per token of logits (B, T, vocabulary) for targets (B, T), in float32 at least."""
+    return F.cross_entropy(at_least_float32(logits.flatten(0, 1)), targets.flatten())

@@ -79,19 +79,21 @@ def train(
     for step in range(start.step + 1, config.steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config.training.optimizer, step, config.steps)
-        found = _optimizer_step(model, optimizer, config, data, step)
         last = step == config.steps
+        validated = last or step % config.training.validate_every == 0
+        recorded = validated or step % config.training.record_every == 0
+        found = _optimizer_step(model, optimizer, config, data, step, routing=recorded)
         if not math.isfinite(found[records.LOSS] + found[records.GRADIENT_NORM]):
             state, reason = "diverged", f"loss {found[records.LOSS]} with gradient norm {found[records.GRADIENT_NORM]} at step {step}"
             break
         if last or step % config.training.trace_every == 0:
             snapshots[step] = _expert_ids(_held_out_routings(model, config, data))
-        if last or step % config.training.validate_every == 0:
+        if validated:
             paused = time.perf_counter()
             found |= _validate(model, config, data)
             window_began += time.perf_counter() - paused
         stop = False
-        if last or step % config.training.record_every == 0 or records.BITS_PER_BYTE in found:
+        if recorded:
             now = time.perf_counter()
             found[records.LEARNING_RATE] = optimizer.param_groups[0]["lr"]
             found[records.TOKENS_PER_SECOND] = (step - window_start) * per_step / max(now - window_began, 1e-9)
@@ -130,14 +132,15 @@ def closed_forms(config: RunConfig) -> dict[str, float]:
     }
 
 
-def _optimizer_step(model: Transformer, optimizer: torch.optim.AdamW, config: RunConfig, data: PreparedData, step: int) -> dict[str, float]:
-    """One step over the global batch, in micro-batches; losses and routing statistics (of the last micro-batch) come back."""
-    training, place = config.training, model.lm_head.weight.device
+def _optimizer_step(
+    model: Transformer, optimizer: torch.optim.AdamW, config: RunConfig, data: PreparedData, step: int, *, routing: bool
+) -> dict[str, float]:
+    """One step over the global batch, in micro-batches; their mean loss and, with `routing`, their mean statistics come back."""
+    training, place, moe = config.training, model.lm_head.weight.device, config.model.moe
     ids = torch.from_numpy(batch(data, config.data, seed=config.seed, step=step, batch_size=training.batch_size)).to(place)
     protected = _protected(config, step).to(place)
     size = training.micro_batch_size or training.batch_size
-    share = size / training.batch_size
-    total, found = 0.0, {}
+    parts: list[dict[str, float]] = []
     optimizer.zero_grad(set_to_none=True)
     for rows, spared in zip(ids.split(size), protected.split(size), strict=True):
         with torch.autocast(place.type, dtype=torch.bfloat16, enabled=place.type == "cuda"):
@@ -145,16 +148,15 @@ def _optimizer_step(model: Transformer, optimizer: torch.optim.AdamW, config: Ru
         language = language_loss(out.logits, rows[:, 1:])
         balance = _balance(out.routings, config, rows.shape[0])
         loss = language
-        if config.model.moe is not None:
+        if moe is not None:
             for losses in balance.values():
-                loss = loss + losses.weighted(config.model.moe.balance)
-        (loss * share).backward()
-        total += float(language.detach()) * share
-        if config.model.moe is not None and balance:
-            found = routing_metrics(out.routings, balance, config.model.moe)
+                loss = loss + losses.weighted(moe.balance)
+        (loss * (size / training.batch_size)).backward()
+        statistics = routing_metrics(out.routings, balance, moe) if routing and moe is not None and balance else {}
+        parts.append({records.LOSS: float(language.detach()), **statistics})
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), training.optimizer.gradient_clip)
     optimizer.step()
-    return {records.LOSS: total, records.GRADIENT_NORM: float(norm), **found}
+    return {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]} | {records.GRADIENT_NORM: float(norm)}
 
 
 def _balance(routings: Mapping[int, Routing], config: RunConfig, sequences: int) -> dict[int, BalanceLosses]:

@@ -85,8 +85,8 @@ def test_mla_is_the_equations(q_lora_rank):
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     x = torch.randn(6, config.hidden_size, dtype=torch.float64)
-    table = tuple(t.double() for t in rotary_table(torch.arange(6), 4, 10000.0))
-    torch.testing.assert_close(layer(x[None], table)[0], literal_mla(layer, x), atol=1e-6, rtol=1e-6)
+    table = rotary_table(torch.arange(6), 4, 10000.0, torch.float64)
+    torch.testing.assert_close(layer(x[None], table)[0], literal_mla(layer, x), atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["mla", "mha", "gqa", "mqa"])

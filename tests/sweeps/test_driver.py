@@ -197,7 +197,9 @@ def test_mlflow_has_what_the_root_has(study: StudyWriter, local: Path) -> None:
     assert child.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
     assert child.data.tags[schema.TAG_VARIANT] == "device_limit=2"
     assert child.data.params["device_limit"] == "2"
-    assert child.data.metrics[schema.BITS_PER_BYTE] == pytest.approx(read(root / "runs" / "001-0" / schema.SUMMARY_FILE)["metrics"][schema.BITS_PER_BYTE])
+    assert child.data.metrics[schema.BITS_PER_BYTE] == pytest.approx(
+        read(root / "runs" / "001-0" / schema.SUMMARY_FILE)["metrics"][schema.BITS_PER_BYTE]
+    )
     history = client.get_metric_history(child.info.run_id, schema.LOSS)
     assert sorted(m.step for m in history) == list(range(1, 21)), "every record once"
     assert child.data.metrics[schema.ALL_TO_ALL_SECONDS] > 0
