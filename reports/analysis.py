@@ -12,7 +12,12 @@ from scipy import stats
 from reports.store import Run, StudyRecord
 from sweeps import schema
 
+optuna.logging.set_verbosity(optuna.logging.WARNING)
 LEVEL = 0.95
+WORTH_SAYING = 0.02
+"""Relative change of a saving from which on the verdict names it; the table holds all of them."""
+OWN_SPREAD = 3
+"""Seeds from which on a variant's interval rests on its own spread: with two, Student's factor is 12.7."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +28,8 @@ class Estimate:
     low: float | None
     high: float | None
     seeds: int
+    pooled: bool = False
+    """The spread was taken from all variants together (see `effects`)."""
 
     @property
     def resolved(self) -> bool:
@@ -50,6 +57,46 @@ def paired(runs: Sequence[Run], baseline: Sequence[Run], name: str) -> Estimate 
     """Variant minus baseline, seed by seed: both saw the same tokens in the same order."""
     base = {run.seed: run.metrics[name] for run in baseline if run.finished and name in run.metrics}
     return estimate([run.metrics[name] - base[run.seed] for run in runs if run.finished and name in run.metrics and run.seed in base])
+
+
+def effects(record: StudyRecord, name: str) -> dict[str, Estimate]:
+    """Each variant minus the baseline, with a 95 % interval; variants that share no finished seed with it are left out.
+
+    From OWN_SPREAD seeds on a variant stands on its own spread (`paired`), whatever that of the others is.
+    With fewer, the study is read as a block design (value = variant + seed + noise of one size): the noise
+    is estimated from all variants together, so that two seeds give an interval that says something.
+    """
+    variants = record.variants
+    base = next((runs for runs in variants.values() if runs[0].baseline), [])
+    found = {n: e for n, runs in variants.items() if not runs[0].baseline and (e := paired(runs, base, name)) is not None}
+    if any(e.seeds < OWN_SPREAD for e in found.values()):
+        pooled = _block_design([variants[n] for n in found], base, name)
+        found = {n: e if e.seeds >= OWN_SPREAD else p or e for (n, e), p in zip(found.items(), pooled, strict=True)}
+    return found
+
+
+def _block_design(variants: Sequence[Sequence[Run]], base: Sequence[Run], name: str) -> list[Estimate | None]:
+    """Least squares of value = variant + seed over the finished runs; None for all where no degree of freedom is left."""
+    cells = [
+        (index, run.seed, run.metrics[name]) for index, runs in enumerate([base, *variants]) for run in runs if run.finished and name in run.metrics
+    ]
+    seeds = sorted({seed for _, seed, _ in cells})
+    design = np.zeros((len(cells), len(variants) + len(seeds)))
+    for row, (index, seed, _) in enumerate(cells):
+        design[row, len(variants) + seeds.index(seed)] = 1.0
+        if index:
+            design[row, index - 1] = 1.0
+    values = np.array([value for _, _, value in cells])
+    solution, _, rank, _ = np.linalg.lstsq(design, values, rcond=None)
+    freedom = len(cells) - int(rank)
+    if freedom < 1:
+        return [None] * len(variants)
+    noise = float(((values - design @ solution) ** 2).sum() / freedom)
+    spread = np.sqrt(noise * np.diag(np.linalg.pinv(design.T @ design))[: len(variants)])
+    half = stats.t.ppf((1 + LEVEL) / 2, freedom) * spread
+    counts = [sum(i == index for i, _, _ in cells) for index in range(1, len(variants) + 1)]
+    rows = zip(solution, half, counts, strict=False)
+    return [Estimate(mean=float(m), low=float(m - h), high=float(m + h), seeds=n, pooled=True) for m, h, n in rows]
 
 
 def noise_floor(baseline: Sequence[Run], name: str) -> float | None:
@@ -109,15 +156,35 @@ def verdict(record: StudyRecord) -> list[str]:
     if not any(run.finished for run in base):
         return ["There is no finished baseline, so there is nothing to compare with."]
     sentences = []
+    found = effects(record, schema.BITS_PER_BYTE)
     for name, runs in variants.items():
         if runs[0].baseline:
             continue
-        effect = paired(runs, base, schema.BITS_PER_BYTE)
+        effect = found.get(name)
         if effect is None:
             sentences.append(f"**{name}**: no run finished on a seed that the baseline has.")
             continue
         sentences.append(f"**{name}** {_cost(effect)}; {_savings(runs, base)}.")
     return sentences
+
+
+def headline(record: StudyRecord) -> str:
+    """How many changes could be told from the baseline, and how small a difference the study can tell at all."""
+    found = effects(record, schema.BITS_PER_BYTE)
+    halves = [(e.high - e.low) / 2 for e in found.values() if e.low is not None and e.high is not None]
+    if not halves:
+        return ""
+    worse = [name for name, e in found.items() if e.resolved and e.mean > 0]
+    better = [name for name, e in found.items() if e.resolved and e.mean < 0]
+    parts = [f"{len(names)} {word} ({', '.join(names)})" for names, word in ((worse, "worse"), (better, "better")) if names]
+    told = " and ".join(parts) if parts else "none can be told from it"
+    smallest = f"{min(halves):.4f}" if max(halves) - min(halves) < 5e-5 else f"{min(halves):.4f} to {max(halves):.4f}"
+    return (
+        f"Of {len(found)} variants compared with the baseline: {told}; the others differ by less than this study can show, "
+        f"which is {smallest} bits per byte."
+        if parts
+        else f"Of {len(found)} variants compared with the baseline {told}: this study can show differences from {smallest} bits per byte on."
+    )
 
 
 def _cost(effect: Estimate) -> str:
@@ -143,7 +210,7 @@ def _savings(runs: Sequence[Run], base: Sequence[Run]) -> str:
         if ours is None or theirs is None or not theirs.mean:
             continue
         change = ours.mean / theirs.mean - 1
-        if abs(change) >= 0.005:
+        if abs(change) >= WORTH_SAYING:
             parts.append(f"{words} {change:+.0%}")
     return ", ".join(parts) if parts else "cache, parameters and simulated communication stay as they are"
 

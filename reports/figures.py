@@ -84,7 +84,7 @@ def loss_curves(record: StudyRecord) -> Figure | str:
             (0.98, reference.mean),
             xycoords=("axes fraction", "data"),
             ha="right",
-            va="bottom",
+            va="top",
             fontsize=8,
             color="#666",
         )
@@ -99,7 +99,7 @@ def effects(record: StudyRecord) -> Figure | str:
     """Paired difference to the baseline, with its interval."""
     variants = record.variants
     base = next((runs for runs in variants.values() if runs[0].baseline), [])
-    rows = [(n, e) for n, runs in variants.items() if not runs[0].baseline and (e := analysis.paired(runs, base, schema.BITS_PER_BYTE))]
+    rows = list(analysis.effects(record, schema.BITS_PER_BYTE).items())
     if not rows:
         return "Effects: no variant has a finished run on a seed of the baseline."
     rows.sort(key=lambda row: row[1].mean)

@@ -18,14 +18,14 @@ def markdown(record: StudyRecord, figures: Sequence[Figure], missing: Sequence[s
         f"# {record.study['question']}",
         _state(record),
         "## Answer",
+        analysis.headline(record),
         "\n".join(f"- {sentence}" for sentence in analysis.verdict(record)),
         _floor(base),
         analysis.reference_sentence(record),
         drawn.get("effects", ""),
         "## Variants",
-        _variants_table(record, base),
-        "± is half a 95 % t-interval over seeds; differences are paired seed by seed. Bytes are of a 16-bit cache. "
-        "Violation is (largest load - mean) / mean; simulated time is dispatch and combine of one layer.",
+        _quality_table(record),
+        _intervals(record) + " Bytes are of a 16-bit cache.",
         "## Over training",
         drawn.get("loss-curves", ""),
         _domain_table(record),
@@ -36,6 +36,9 @@ def markdown(record: StudyRecord, figures: Sequence[Figure], missing: Sequence[s
         "The cluster is simulated: published measurements over M do not exist, so its curve over M rests on exact bytes and on "
         "measured bandwidths, not on a measured sweep.",
         "## Who was routed where",
+        _routing_table(record),
+        "Of the last recorded training batch, mean over layers. Violation is (largest load - mean) / mean, dropped the share of (token, expert) "
+        "assignments over a device's capacity; simulated time is dispatch and combine of one layer, routed as the trained model routes held-out text.",
         drawn.get("expert-load", ""),
         "## What matters",
         drawn.get("importances", ""),
@@ -86,31 +89,60 @@ def _number(value: Estimate | None, form: str) -> str:
     return "not recorded" if value is None else form.format(value.mean)
 
 
-def _variants_table(record: StudyRecord, base: Sequence[Run]) -> str:
-    head = ["variant", "seeds", "bits per byte", "difference to baseline", "below order-2 model", "KV bytes/token", "activated parameters",
-            "devices/token", "expert violation", "device violation", "dropped", "simulated all-to-all (µs)", "tokens/s"]  # fmt: skip
+def _intervals(record: StudyRecord) -> str:
+    """What the table's ± mean, as they were computed."""
+    text = "± is half a 95 % t-interval over seeds; differences are paired seed by seed."
+    if any(effect.pooled for effect in analysis.effects(record, schema.BITS_PER_BYTE).values()):
+        text += (
+            f" With fewer than {analysis.OWN_SPREAD} seeds a difference's interval takes its spread from all variants together (a block design: "
+            "variant + seed + noise of one size)."
+        )
+    return text
+
+
+def _quality_table(record: StudyRecord) -> str:
+    head = [
+        "variant",
+        "seeds",
+        "bits per byte",
+        "difference to baseline",
+        "below order-2 model",
+        "KV bytes/token",
+        "activated parameters",
+        "tokens/s",
+    ]
     rows = []
+    found = analysis.effects(record, schema.BITS_PER_BYTE)
     for name, runs in record.variants.items():
-        loss, reference, time = (analysis.metric(runs, key) for key in (schema.BITS_PER_BYTE, schema.NGRAM_BITS_PER_BYTE, schema.ALL_TO_ALL_SECONDS))
-        difference = "baseline" if runs[0].baseline else _plus(analysis.paired(runs, base, schema.BITS_PER_BYTE), sign=True)
+        loss, reference = (analysis.metric(runs, key) for key in (schema.BITS_PER_BYTE, schema.NGRAM_BITS_PER_BYTE))
         rows.append(
             [
                 name,
                 f"{sum(run.finished for run in runs)} of {len(runs)}",
                 _plus(loss),
-                difference,
+                "baseline" if runs[0].baseline else _plus(found.get(name), sign=True),
                 f"{1 - loss.mean / reference.mean:.1%}" if loss and reference else "not recorded",
                 _number(analysis.metric(runs, schema.KV_BYTES_PER_TOKEN), "{:,.0f}"),
                 _number(analysis.metric(runs, schema.ACTIVATED_PARAMETERS), "{:,.0f}"),
-                _number(analysis.metric(runs, schema.DISTINCT_DEVICES), "{:.2f}"),
-                _number(analysis.metric(runs, schema.EXPERT_VIOLATION), "{:.2f}"),
-                _number(analysis.metric(runs, schema.DEVICE_VIOLATION), "{:.2f}"),
-                _number(analysis.metric(runs, schema.DROPPED_SHARE), "{:.1%}"),
-                f"{time.mean * 1e6:,.0f}" if time else "not recorded",
                 _number(analysis.metric(runs, schema.TOKENS_PER_SECOND), "{:,.0f}"),
             ]
         )
     return _table(head, rows)
+
+
+def _routing_table(record: StudyRecord) -> str:
+    columns = {
+        "devices/token": (schema.DISTINCT_DEVICES, "{:.2f}"),
+        "expert violation": (schema.EXPERT_VIOLATION, "{:.2f}"),
+        "device violation": (schema.DEVICE_VIOLATION, "{:.2f}"),
+        "dropped": (schema.DROPPED_SHARE, "{:.1%}"),
+    }
+    rows = []
+    for name, runs in record.variants.items():
+        time = analysis.metric(runs, schema.ALL_TO_ALL_SECONDS)
+        cells = [_number(analysis.metric(runs, key), form) for key, form in columns.values()]
+        rows.append([name, *cells, f"{time.mean * 1e6:,.0f}" if time else "not recorded"])
+    return _table(["variant", *columns, "simulated all-to-all (µs)"], rows)
 
 
 def _domain_table(record: StudyRecord) -> str:

@@ -294,3 +294,11 @@ def config_id(config: Any) -> str:
     """The run's identity: 12 hex digits of the SHA-256 of its sorted JSON."""
     text = json.dumps(dataclasses.asdict(config), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def differences(left: Any, right: Any, path: str = "") -> list[str]:
+    """`path: left -> right` for every leaf in which two nested dicts differ."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        keys = sorted({*left, *right})
+        return [line for key in keys for line in differences(left.get(key), right.get(key), f"{path}.{key}".lstrip("."))]
+    return [] if left == right else [f"{path}: {left!r} -> {right!r}"]

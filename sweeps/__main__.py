@@ -116,18 +116,20 @@ def submit(
     study: StudyFile,
     address: Annotated[str, typer.Option(help="The Ray dashboard's address")] = "http://127.0.0.1:8265",
     overrides: Overrides = None,
-    wait: Annotated[bool, typer.Option(help="Follow the job's output")] = False,
+    wait: Annotated[bool, typer.Option(help="Follow the job's output and end with its exit code")] = False,
 ) -> None:
     """Run a study as a Ray job on a cluster.  Example: python -m sweeps submit sweeps/studies/quickstart.yaml --wait"""
     from sweeps.jobs import submit as submit_job  # noqa: PLC0415  (imports ray)
 
     load_study(study, overrides or [])
     arguments = [part for override in overrides or [] for part in ("--set", override)]
-    submission = submit_job(study, address, arguments, wait=wait)
+    job = submit_job(study, address, arguments)
     token = "RAY_AUTH_MODE=token " if os.environ.get("RAY_AUTH_MODE") == "token" else ""
-    print(f"submitted {submission}; its studies are in {home()}")
-    print(f"follow it:  {token}ray job logs --address {address} --follow {submission}")
-    print(f"end it:     {token}ray job stop --address {address} {submission}")
+    print(f"submitted {job.submission}; its studies are in {home()}")
+    print(f"follow it:  {token}ray job logs --address {address} --follow {job.submission}")
+    print(f"end it:     {token}ray job stop --address {address} {job.submission}", flush=True)
+    if wait and (code := job.follow()):
+        raise typer.Exit(code)
 
 
 @app.command()

@@ -26,7 +26,6 @@ from research import config as run_config
 from research.atomic import write_text
 from research.data.prepare import prepare
 from research.errors import ConfigError, UserError
-from research.training.checkpoint import differences
 from sweeps import schema
 from sweeps.executors import Event, Executor
 from sweeps.search import Search
@@ -62,7 +61,7 @@ class Driver:
     ) -> None:
         self.study, self.root, self.announce, self.function = study, root, announce, function
         self.make_executor = executor
-        self.commit = _commit()
+        self.commit = commit()
         self.runs: dict[str, dict[str, Any]] = {}
         self.states: dict[str, dict[str, Any]] = {}
         self.trials: dict[int, Trial] = {}
@@ -313,7 +312,7 @@ class Driver:
         path, now = self.root / schema.STUDY_FILE, run_config.to_dict(self.study)
         if path.exists():
             before = yaml.safe_load(path.read_text(encoding="utf-8"))
-            changed = [d for d in differences(before, now) if not d.startswith(("resources.", "search.trials"))]
+            changed = [d for d in run_config.differences(before, now) if not d.startswith(("resources.", "search.trials"))]
             if changed:
                 raise ConfigError(
                     f"{path}: is of another study; changed since: {'; '.join(changed)}. Give it another name or --root, or remove the root"
@@ -378,7 +377,7 @@ def is_driven(root: Path) -> bool:
     return False
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit that runs: from the submitter's environment in a Ray job, which has no .git, else from git."""
     if given := os.environ.get("MOELAB_COMMIT"):
         return given

@@ -5,6 +5,7 @@ Both are asked in turns: `free()` slots, `start(job)`, `poll()` for what happene
 
 import logging
 import os
+import secrets
 import threading
 import time
 import traceback
@@ -217,7 +218,14 @@ def _connect(ray: Any, address: str | None) -> None:
         raise ConfigError(f"RAY_ADDRESS = {address!r}: is a dashboard's address, for `python -m sweeps submit`; `run` needs host:port or auto")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     logging.getLogger("ray").setLevel(logging.ERROR)
-    place = {"address": address} if address else {"include_dashboard": False}
+    place: dict[str, Any] = {"address": address}
+    if not address:
+        # "local", not Ray's own guess: that is the last cluster that was started here, dead or alive.
+        place = {"address": "local", "include_dashboard": False}
+        # A token of its own, so that Ray leaves none in the user's home: with one there, the next `ray start`
+        # would ask every client for it.
+        if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     try:
         ray.init(**place, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:

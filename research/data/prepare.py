@@ -195,7 +195,8 @@ def _check_lengths(data: PreparedData, config: DataConfig) -> None:
             if len(tokens) < need:
                 raise DataError(
                     f"corpus {config.corpus!r}: the {part} text of domain {domain!r} has {len(tokens)} tokens, "
-                    f"one sequence of data.sequence_length = {config.sequence_length} needs {need}: give more text or shorter sequences"
+                    f"one sequence of data.sequence_length = {config.sequence_length} needs {need}: "
+                    "give more text (exact repeats are dropped) or shorter sequences"
                 )
     unknown = sorted(set(config.mixture) - set(data.domains))
     if unknown:

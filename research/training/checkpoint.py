@@ -18,7 +18,7 @@ from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
-from research.config import RunConfig, config_id, to_dict
+from research.config import RunConfig, config_id, differences, to_dict
 from research.errors import CheckpointError
 from research.model.transformer import Transformer
 
@@ -111,14 +111,6 @@ def read_state(folder: Path) -> dict[str, Any]:
     if about.get("format") != FORMAT:
         raise CheckpointError(f"{folder}: checkpoint of format {about.get('format')}, this version reads {FORMAT}")
     return about
-
-
-def differences(left: Any, right: Any, path: str = "") -> list[str]:
-    """`path: left -> right` for every leaf in which two nested dicts differ."""
-    if isinstance(left, dict) and isinstance(right, dict):
-        keys = sorted({*left, *right})
-        return [line for key in keys for line in differences(left.get(key), right.get(key), f"{path}.{key}".lstrip("."))]
-    return [] if left == right else [f"{path}: {left!r} -> {right!r}"]
 
 
 def _whole(directory: Path) -> Path | None:

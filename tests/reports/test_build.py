@@ -29,7 +29,8 @@ def test_intervals_are_students_and_paired(write_store, tmp_path):
     record = load(write_store(tmp_path / "s"))
     runs = record.variants
     base, other = ([r.metrics[schema.BITS_PER_BYTE] for r in runs[n]] for n in ("baseline", "device_limit=2"))
-    found = analysis.paired(runs["device_limit=2"], runs["baseline"], schema.BITS_PER_BYTE)
+    found = analysis.effects(record, schema.BITS_PER_BYTE)["device_limit=2"]
+    assert not found.pooled
     d = np.subtract(other, base)
     assert found.mean == pytest.approx(d.mean())
     assert found.high - found.mean == pytest.approx(4.302652729911275 * d.std(ddof=1) / np.sqrt(3))
@@ -41,6 +42,40 @@ def test_with_no_effect_false_alarms_stay_at_the_stated_level():
     random = np.random.default_rng(0)
     alarms = np.mean([analysis.estimate(random.normal(0, 1, 3)).resolved for _ in range(2000)])
     assert 0.035 < alarms < 0.065
+
+
+def test_two_seeds_take_their_spread_from_all_variants(write_store, tmp_path):
+    """Against the textbook's block design: residual mean square with (V - 1)(S - 1) degrees of freedom."""
+    record = load(write_store(tmp_path / "s", {"kv_lora_rank=16": 0.2}, noise=0.01, seeds=(0, 1)))
+    values = np.array([[r.metrics[schema.BITS_PER_BYTE] for r in runs] for runs in record.variants.values()])
+    residual = values - values.mean(1, keepdims=True) - values.mean(0) + values.mean()
+    half = 3.182446305284263 * np.sqrt((residual**2).sum() / 3 * 2 / 2)
+    for name, row in zip(list(record.variants)[1:], values[1:], strict=True):
+        found = analysis.effects(record, schema.BITS_PER_BYTE)[name]
+        assert found.pooled
+        assert found.mean == pytest.approx((row - values[0]).mean())
+        assert found.high - found.mean == pytest.approx(half)
+    text = (build(tmp_path / "s").parent / "report.md").read_text()
+    assert "takes its spread from all variants together" in text
+
+
+def test_a_missing_seed_leaves_the_block_design_whole(write_store, tmp_path):
+    states = {("device_limit=2", 1): schema.FAILED}
+    record = load(write_store(tmp_path / "s", {"device_limit=2": 0.2}, noise=0.001, seeds=(0, 1), states=states))
+    found = analysis.effects(record, schema.BITS_PER_BYTE)["device_limit=2"]
+    assert (found.seeds, found.pooled) == (1, True)
+    assert found.mean == pytest.approx(0.2, abs=0.01)
+    assert found.resolved
+
+
+def test_two_seeds_raise_false_alarms_at_the_stated_level(write_store, tmp_path):
+    record = load(write_store(tmp_path / "s", seeds=(0, 1)))
+    random, alarms = np.random.default_rng(0), []
+    for _ in range(500):
+        for run in record.runs:
+            run.metrics[schema.BITS_PER_BYTE] = 0.1 * run.seed + random.normal()
+        alarms += [effect.resolved for effect in analysis.effects(record, schema.BITS_PER_BYTE).values()]
+    assert 0.035 < np.mean(alarms) < 0.065
 
 
 def test_pareto():
@@ -82,7 +117,7 @@ def test_failures_missing_seeds_and_an_unfinished_study_are_said(write_store, tm
     assert "(device_limit=8, seed 0): diverged" in text
     assert "(kv_lora_rank=16, seed 2): not finished" in text
     record = load(root)
-    assert analysis.paired(record.variants["device_limit=8"], record.variants["baseline"], schema.BITS_PER_BYTE).seeds == 2
+    assert analysis.effects(record, schema.BITS_PER_BYTE)["device_limit=8"].seeds == 2
 
 
 def test_without_a_finished_baseline_nothing_is_compared(write_store, tmp_path):

@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -70,14 +71,14 @@ def ray_address(session_home: Path) -> Iterator[str]:
         "--num-cpus=2",
         "--include-dashboard=false",
         "--block",
+        f"--temp-dir={session_home / 'ray'}",
     ]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
-        _await(lambda: _answers(port), 90, "Ray's head")
+        await_(lambda: _answers(port), 90, "Ray's head")
         yield f"127.0.0.1:{port}"
     finally:
-        process.terminate()
-        process.wait(30)
+        end(process)
 
 
 @pytest.fixture
@@ -132,7 +133,7 @@ class Sweeps:
 
     def await_steps(self, run: str, steps: int) -> list[tuple[int, int]]:
         """Wait until `run` has computed `steps` steps; its (pid, step) lines come back."""
-        _await(lambda: len(computed(self.root, run)) >= steps, 90, f"step {steps} of run {run}")
+        await_(lambda: len(computed(self.root, run)) >= steps, 90, f"step {steps} of run {run}")
         return computed(self.root, run)
 
     def summaries(self) -> dict[str, dict[str, Any]]:
@@ -160,12 +161,22 @@ def computed(root: Path, run: str) -> list[tuple[int, int]]:
     return [(int(pid), int(step)) for pid, step in (line.split() for line in path.read_text().splitlines())]
 
 
+def end(process: subprocess.Popen[Any]) -> None:
+    """Ray's head ends its children when it is asked to; what is left of its group after a while is killed."""
+    process.terminate()
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(10)
+
+
 def _answers(port: int) -> bool:
     with socket.socket() as client:
         return client.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _await(condition: Callable[[], bool], seconds: float, what: str) -> None:
+def await_(condition: Callable[[], bool], seconds: float, what: str) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

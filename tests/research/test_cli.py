@@ -1,0 +1,89 @@
+"""`python -m research` as a person uses it: what it prints, its exit codes, and that the same seed gives the same text."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from research.presets import PRESETS
+
+
+def call(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "research", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **environment},
+    )
+
+
+def test_describe_says_what_the_paper_says():
+    done = call("describe", "deepseek-v2", "--kv-bits", "6", "--json")
+    assert done.returncode == 0
+    said = json.loads(done.stdout)
+    assert said["kv_cache_elements_per_token"] == 34_560
+    assert said["kv_cache_bytes_per_token"] == 25_920
+    assert round(said["total_parameters"] / 1e9, 3) == 235.741
+
+
+def test_presets_are_listed():
+    done = call("presets")
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in PRESETS)
+
+
+def test_sources_and_licences_are_listed():
+    done = call("data", "list")
+    assert done.returncode == 0
+    for words in ("chinese-law", "BSD-3-Clause", "public domain", "sympy 1.14.0"):
+        assert words in done.stdout
+    assert set(json.loads(call("data", "list", "--json").stdout)) >= {"archives", "sources", "corpora"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["describe", "deepseek-v3"], 1, "did you mean 'deepseek-v2'?"),
+        (["train", "deepseek-v2-nano", "--out", "x", "--set", "training.batch=3"], 1, "did you mean 'batch_size'?"),
+        (["train", "nowhere.yaml", "--out", "x"], 1, "nowhere.yaml: cannot be read"),
+        (["generate", "/nowhere", "--prompt", "a"], 1, "holds no checkpoint"),
+        (["data", "prepare", "poems"], 1, "no such corpus; valid: quickstart"),
+        (["train", "deepseek-v2-nano"], 2, "--out"),
+        (["fly"], 2, "fly"),
+    ],
+)
+def test_mistakes_are_named_with_the_right_code(tmp_path, arguments, code, said):
+    done = call(*arguments, MOELAB_CACHE=str(tmp_path))
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_train_resume_and_generate(tmp_path):
+    text = tmp_path / "own.txt"
+    text.write_text("".join(f"the quick brown fox number {i * 7919 % 10007} jumps over {i * i % 97} lazy dogs\n" for i in range(2000)))
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        f"model: {{preset: deepseek-v2-nano, vocab_size: 270, num_hidden_layers: 2}}\n"
+        f"data: {{corpus: files, paths: ['{text}'], tokenizer_vocab_size: 270, sequence_length: 32}}\n"
+        "training: {train_tokens: 20480, batch_size: 8, validation_tokens: 1024, optimizer: {learning_rate: 0.003, warmup_steps: 5}}\n"
+    )
+    cache = str(tmp_path / "cache")
+    done = call("train", run, "--out", tmp_path / "out", MOELAB_CACHE=cache)
+    assert done.returncode == 0, done.stderr
+    assert '"state": "finished"' in done.stdout
+    first = (tmp_path / "out" / "metrics.jsonl").read_bytes()
+    again = call("train", run, "--out", tmp_path / "out", MOELAB_CACHE=cache)
+    assert again.returncode == 0, again.stderr
+    assert "resumed after step 80 of 80" in again.stdout
+    assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == first
+    said = [call("generate", tmp_path / "out", "--prompt", "the quick", "--tokens", 20, "--seed", 3, MOELAB_CACHE=cache).stdout for _ in range(2)]
+    assert said[0] == said[1]
+    assert said[0].startswith("the quick")
+    assert len(said[0]) > len("the quick\n")
