@@ -9,6 +9,7 @@ and unknown keys happens at the door (`configfile`); what only makes sense toget
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -21,6 +22,44 @@ _FORBID_UNKNOWN = {"extra": "forbid"}
 def _require(condition: bool, sentence: str) -> None:
     if not condition:
         raise ValueError(sentence)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class YarnConfig:
+    """YaRN (V2 section 3.1.4): the rotary part alone is stretched from `original_max_position_embeddings` to `factor` times as much."""
+
+    __pydantic_config__: ClassVar[Any] = _FORBID_UNKNOWN
+
+    factor: float
+    """Scale s; 40 in the paper, for 160K positions out of 4K."""
+    original_max_position_embeddings: int = 4096
+    beta_fast: float = 32.0
+    """The paper's beta: pairs that turn more often than this over the original length are left alone."""
+    beta_slow: float = 1.0
+    """The paper's alpha: pairs that turn less often than this are stretched by the whole factor."""
+    mscale: float = 0.707
+    mscale_all_dim: float = 0.707
+    """sqrt(t) = 0.1 mscale ln s + 1.  The logits are scaled by the square of that of `mscale_all_dim`, the rotary parts
+    besides by the ratio of the two (1 when they are equal, as published)."""
+
+    def __post_init__(self) -> None:
+        _require(self.factor >= 1, f"factor={self.factor} must be >= 1")
+        _require(self.original_max_position_embeddings > 0, f"original_max_position_embeddings={self.original_max_position_embeddings} must be > 0")
+        _require(0 < self.beta_slow <= self.beta_fast, f"beta_slow={self.beta_slow} must lie in 0..{self.beta_fast} (beta_fast)")
+        for name in ("mscale", "mscale_all_dim"):
+            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be >= 0")
+
+    def length_scale(self, mscale: float) -> float:
+        """sqrt(t) of V2 section 3.1.4: 0.0707 ln s + 1 for mscale 0.707."""
+        return 0.1 * mscale * math.log(self.factor) + 1.0
+
+    @property
+    def logit_scale(self) -> float:
+        return self.length_scale(self.mscale_all_dim) ** 2
+
+    @property
+    def rotary_scale(self) -> float:
+        return self.length_scale(self.mscale) / self.length_scale(self.mscale_all_dim)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +86,8 @@ class AttentionConfig:
     """Decoupled rotary width d_h^R."""
     v_head_dim: int = 128
     rope_theta: float = 10000.0
+    yarn: YarnConfig | None = None
+    """Context extension of the rotary part; None: none."""
 
     def __post_init__(self) -> None:
         _require(self.qk_nope_head_dim >= 0, f"qk_nope_head_dim={self.qk_nope_head_dim} must be >= 0")
