@@ -38,9 +38,7 @@ class MoE(nn.Module):
             FeedForward(config.hidden_size, width, config.activation, gated=self.config.gated_experts) if self.config.n_shared_experts else None
         )
 
-    def forward(
-        self, x: Tensor, ids: Tensor, protected_B: Tensor | None = None, chance: torch.Generator | None = None
-    ) -> tuple[Tensor, Routing]:
+    def forward(self, x: Tensor, ids: Tensor, protected_B: Tensor | None = None, chance: torch.Generator | None = None) -> tuple[Tensor, Routing]:
         """x (B, T, D) of tokens ids (B, T) -> the FFN's output (B, T, D) without the residual, and the routing of the B * T tokens.
 
         `protected_B` marks the sequences whose tokens are never dropped; None (evaluation) drops nothing.

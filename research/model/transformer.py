@@ -76,9 +76,7 @@ class Transformer(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def forward(
-        self, ids: Tensor, cache: Cache | None = None, protected_B: Tensor | None = None, chance: torch.Generator | None = None
-    ) -> Output:
+    def forward(self, ids: Tensor, cache: Cache | None = None, protected_B: Tensor | None = None, chance: torch.Generator | None = None) -> Output:
         """With a cache, `ids` are the positions after the cached ones.  `protected_B` (bool, B) turns token
         dropping on and marks the sequences spared by it, `chance` is what second experts are drawn with
         (both for training); None drops nothing."""
