@@ -247,8 +247,8 @@ def _scaled(hidden: int, layers: int, heads: int, head: int, experts: int, exper
 
 
 def deepseek_v2_nano() -> ModelConfig:
-    """About 1M parameters: for a two-core machine and a quarter of an hour."""
-    return _scaled(hidden=96, layers=3, heads=3, head=32, experts=32, expert_hidden=32, vocabulary=1024)
+    """About 1M parameters, one dense layer and one of experts: for a two-core machine and minutes."""
+    return _scaled(hidden=128, layers=2, heads=4, head=32, experts=32, expert_hidden=32, vocabulary=1024)
 
 
 def deepseek_v2_micro() -> ModelConfig:
@@ -269,18 +269,18 @@ def deepseek_v2_small() -> ModelConfig:
 def _validation(moe: MoEConfig | None) -> ModelConfig:
     """The set-up of DeepSeekMoE's comparison (arXiv 2401.06066, section 4.1) at the size of `deepseek-v2-nano`.
 
-    Multi-head attention; every FFN is of experts that together are 16 FFNs of width 256; no shared scaling, no dropping
+    Multi-head attention; every FFN is of experts that together are 16 FFNs of width 336; no shared scaling, no dropping
     but where the router has it.
     """
-    return replace(_nano_of_heads(), intermediate_size=256, moe=moe)
+    return replace(_nano_of_heads(), intermediate_size=336, moe=moe)
 
 
 def _nano_of_heads() -> ModelConfig:
-    return replace(deepseek_v2_nano(), attention=_plain_attention("mha", 3, 32))
+    return replace(deepseek_v2_nano(), attention=_plain_attention("mha", 4, 32))
 
 
 def dense_nano() -> ModelConfig:
-    """Dense: one FFN of width 256."""
+    """Dense: one FFN of width 336."""
     return _validation(None)
 
 
@@ -288,7 +288,7 @@ def _sixteen(chosen: int, balance: BalanceConfig, **changes: Any) -> MoEConfig:
     return MoEConfig(
         n_routed_experts=16,
         num_experts_per_tok=chosen,
-        moe_intermediate_size=256,
+        moe_intermediate_size=336,
         first_k_dense_replace=0,
         expert_devices=8,
         balance=balance,
@@ -329,7 +329,7 @@ def deepseekmoe_nano() -> ModelConfig:
     moe = MoEConfig(
         n_routed_experts=63,
         num_experts_per_tok=7,
-        moe_intermediate_size=64,
+        moe_intermediate_size=84,
         n_shared_experts=1,
         first_k_dense_replace=0,
         routed_scaling_factor=6.3,
