@@ -129,22 +129,31 @@ def _csv(_: str, content: bytes, __: Any) -> Iterator[tuple[str, str]]:
         yield str(start), "\n\n".join(lines)
 
 
-def _json_texts(name: str, content: bytes, _: Any) -> Iterator[tuple[str, str]]:
-    """Every list item or dict value as one document: its strings, in order."""
+def _json_texts(name: str, content: bytes, source: Any) -> Iterator[tuple[str, str]]:
+    """Every list item or dict value as one document: its strings, in order.
+
+    The source may say `within` (the key that holds the items) and `keys` (only strings under these count).
+    """
     value = json.loads(content)
+    if "within" in source:
+        value = value[source["within"]]
     items = value.values() if isinstance(value, dict) else value
     for index, item in enumerate(items):
-        text = "\n".join(_strings(item))
+        text = "\n".join(_strings(item, source.get("keys")))
         if text:
             yield f"{name}#{index}", text
 
 
-def _strings(value: Any) -> Iterator[str]:
+def _strings(value: Any, keys: list[str] | None = None, *, wanted: bool = False) -> Iterator[str]:
     if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _strings(item)
+        if keys is None or wanted:
+            yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _strings(item, keys, wanted=keys is not None and key in keys)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item, keys, wanted=wanted)
 
 
 READERS: dict[str, Callable[[str, bytes, Any], Iterator[tuple[str, str]]]] = {

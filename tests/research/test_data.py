@@ -130,7 +130,10 @@ def test_the_other_readers(tmp_path):
         connection.executemany("insert into t values (?, ?)", [("one", "a"), ("one", "b"), ("two", "c")])
     connection.close()
     assert read("sqlite", path.read_bytes(), {"query": "select law, body from t"}) == [("one", "a\nb"), ("two", "c")]
-    assert read("json_texts", json.dumps([{"q": "why", "n": 3, "steps": ["so", {"x": "then"}]}]).encode()) == [("m#0", "why\nso\nthen")]
+    assert read("json_texts", json.dumps([{"q": "why", "n": 3, "steps": ["so", {"x": "then"}]}]).encode(), {}) == [("m#0", "why\nso\nthen")]
+    problems = {"notes": ["no"], "items": {"a": {"text": "why", "chat": {"said": "no"}, "steps": [{"text": "so", "id": "no"}]}}}
+    only = {"within": "items", "keys": ["text"]}
+    assert read("json_texts", json.dumps(problems).encode(), only) == [("m#0", "why\nso")]
     assert read("csv", "id,word\n1,成语\n2,故事\n".encode())[0][1] == "成语\n\n故事"
     assert read("text", b"a\r\nb")[0][1] == "a\nb"
 
