@@ -80,19 +80,20 @@ def train(
 ) -> None:
     """Train one model.  Example: python -m research train deepseek-v2-nano --out /tmp/nano --set training.train_tokens=200000"""
     # Half a second to two of torch are paid only by the commands that need it.
-    from research.continuation import Sampling, go_on  # noqa: PLC0415
+    from research.continuation import Sampling, gather_prompts, go_on  # noqa: PLC0415
     from research.training.loop import train as run  # noqa: PLC0415
     from research.training.records import JsonlRecorder, Record  # noqa: PLC0415
 
+    gather_prompts([prompt], None)
     mapping = read_yaml(model) if Path(model).suffix in (".yaml", ".yml") else _default_run(model)
     config = load_run_config(mapping, model, overrides or [])
     with _progress(config.steps) as step:
 
-        def shown(record: Record) -> bool:
+        def watch(record: Record) -> bool:
             step(record.step, "  ".join(f"{name} {value:.4g}" for name, value in record.metrics.items() if name in SHOWN))
             return False
 
-        result = run(config, out, JsonlRecorder(out / "metrics.jsonl"), shown, device=device, announce=lambda line: step(None, line))
+        result = run(config, out, JsonlRecorder(out / "metrics.jsonl"), watch, device=device, announce=lambda line: step(None, line))
     print(json.dumps({"state": result.state, "reason": result.reason, "seconds": round(result.seconds, 1), "metrics": result.metrics}, indent=1))
     if result.trace is not None:
         result.trace.save(out / "routing.npz")
@@ -156,10 +157,12 @@ def evaluate(
     if as_json:
         print(json.dumps({"run": str(run), "widths": [dataclasses.asdict(score) for score in scores]}, indent=1))
         return
-    table = Table("cache", "bytes/token", *scores[0].bits_per_byte, title="Held-out bits per byte, and the difference to full precision")
-    for score in scores:
-        cells = (f"{value:.4f} ({score.difference[name]:+.4f})" if score.bits else f"{value:.4f}" for name, value in score.bits_per_byte.items())
-        table.add_row(f"{score.bits} bits" if score.bits else "full precision", f"{score.bytes_per_token:,}", *cells)
+    full, *narrow = scores
+    names = [f"{score.bits} bits" for score in narrow]
+    table = Table("", "full precision", *names, title="Held-out bits per byte, and the difference out of a cache of so many bits")
+    for domain, value in full.bits_per_byte.items():
+        table.add_row(domain, f"{value:.4f}", *(f"{score.difference[domain]:+.5f}" for score in narrow))
+    table.add_row("cache bytes/token", *(f"{score.bytes_per_token:,}" for score in scores))
     Console().print(table)
 
 

@@ -36,9 +36,11 @@ class Continuation:
 def gather_prompts(given: Sequence[str], file: Path | None) -> list[str]:
     """The prompts of the command line, then those of `file`, one on each line (empty lines are none).
 
-    UserError for a file that cannot be read or holds no prompt, and for no prompt at all.
+    UserError for an empty prompt, a file that cannot be read or holds no prompt, and for no prompt at all.
     """
     prompts = list(given)
+    if "" in prompts:
+        raise UserError("--prompt = '': holds no text to go on from; valid is a text of at least one character")
     if file is not None:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
@@ -55,14 +57,11 @@ def gather_prompts(given: Sequence[str], file: Path | None) -> list[str]:
 def go_on(run: Path, prompts: Sequence[str], sampling: Sampling, show: Callable[[str], None] = lambda text: None) -> list[Continuation]:
     """Continue all prompts in one batch; `show` gets the first one's text piece by piece, as it comes.
 
-    UserError for a prompt without text; CheckpointError for a directory without a model.
+    CheckpointError for a directory without a model.
     """
     model, config = load_model(run)
     tokenizer = prepare(config.data).tokenizer()
     encoded = [tokenizer.encode(prompt).ids for prompt in prompts]
-    for prompt, ids in zip(prompts, encoded, strict=True):
-        if not ids:
-            raise UserError(f"--prompt = {prompt!r}: holds no text to go on from; valid is a text of at least one character")
     show(prompts[0])
     steps = generate(
         model,
