@@ -162,7 +162,7 @@ def evaluate(
     table = Table("", "full precision", *names, title="Held-out bits per byte, and the difference out of a cache of so many bits")
     for domain, value in full.bits_per_byte.items():
         table.add_row(domain, f"{value:.4f}", *(f"{score.difference[domain]:+.5f}" for score in narrow))
-    table.add_row("cache bytes/token", *(f"{score.bytes_per_token:,}" for score in scores))
+    table.add_row("bytes/token", *(f"{score.bytes_per_token:,}" for score in scores))
     Console().print(table)
 
 
