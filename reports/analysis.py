@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 
 import numpy as np
@@ -180,11 +180,15 @@ def headline(record: StudyRecord) -> str:
     told = " and ".join(parts) if parts else "none can be told from it"
     smallest = f"{min(halves):.4f}" if max(halves) - min(halves) < 5e-5 else f"{min(halves):.4f} to {max(halves):.4f}"
     return (
-        f"Of {len(found)} variants compared with the baseline: {told}; the others differ by less than this study can show, "
+        f"Of {_count(found)} compared with the baseline: {told}; the others differ by less than this study can show, "
         f"which is {smallest} bits per byte."
         if parts
-        else f"Of {len(found)} variants compared with the baseline {told}: this study can show differences from {smallest} bits per byte on."
+        else f"Of {_count(found)} compared with the baseline {told}: this study can show differences from {smallest} bits per byte on."
     )
+
+
+def _count(found: Sized) -> str:
+    return f"{len(found)} variant{'' if len(found) == 1 else 's'}"
 
 
 def _cost(effect: Estimate) -> str:
@@ -225,6 +229,7 @@ def reference_sentence(record: StudyRecord) -> str:
     if not shares:
         return "No run recorded the order-2 reference."
     low, high = min(shares.values()), max(shares.values())
+    ends = [f"{abs(share):.1%} {'below' if share > 0 else 'above'}" for share in ((low, high) if high > 0 else (high, low))]
     above = sum(share <= 0 for share in shares.values())
-    text = f"Trained models are {low:.1%} to {high:.1%} below an order-2 Kneser-Ney model of the very tokens that each was trained on"
-    return text + (f"; {above} of {len(shares)} are not below it." if above else f", all {len(shares)} of them.")
+    told = f"all {len(shares)} of them" if not above else f"{above} of {len(shares)} are not below it"
+    return f"Trained models are {ends[0]} to {ends[1]} an order-2 Kneser-Ney model of the very tokens that each was trained on: {told}."

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from research import accounting
+from research.config import ModelConfig
 from research.configfile import load_run_config, nearest, read_yaml, resolve_model
 from research.data.cli import app as data_app
 from research.errors import ConfigError, UserError
@@ -26,14 +27,65 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", help="path=value, 
 
 
 @app.command()
-def presets() -> None:
-    """The models that have a name.  Example: python -m research presets"""
-    table = Table("preset", "parameters", "activated", "KV elements/token", "what it is")
-    for name, make in PRESETS.items():
-        model = make()
-        counts = (accounting.total_parameters(model), accounting.activated_parameters(model), accounting.kv_cache_elements_per_token(model))
-        table.add_row(name, *(f"{c:,}" for c in counts), (make.__doc__ or "").splitlines()[0])
-    Console().print(table)
+def presets(
+    family: Annotated[bool, typer.Option("--family", help="The scaled family beside DeepSeek-V2: which ratios are kept, which not")] = False,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """The models that have a name.  Example: python -m research presets --family"""
+    rows = {name: _ratios(preset(name)) for name in FAMILY} if family else {name: _sizes(make()) for name, make in PRESETS.items()}
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    if family:
+        table = Table("of DeepSeek-V2", *(name.removeprefix("deepseek-") for name in rows), "kept")
+        for quantity in next(iter(rows.values())):
+            values = [row[quantity] for row in rows.values()]
+            table.add_row(quantity, *map(_short, values), "yes" if len(set(values)) == 1 else "about" if max(values) < 1.1 * min(values) else "no")
+    else:
+        table = Table("preset", *next(iter(rows.values())), "what it is")
+        for name, row in rows.items():
+            table.add_row(name, *map(_short, row.values()), (PRESETS[name].__doc__ or "").splitlines()[0])
+    (Console() if sys.stdout.isatty() else Console(width=160)).print(table)
+
+
+FAMILY = ("deepseek-v2", "deepseek-v2-small", "deepseek-v2-mini", "deepseek-v2-micro", "deepseek-v2-nano")
+
+
+def _sizes(model: ModelConfig) -> dict[str, float]:
+    return {
+        "parameters": accounting.total_parameters(model),
+        "activated": accounting.activated_parameters(model),
+        "KV elements/token": accounting.kv_cache_elements_per_token(model),
+    }
+
+
+def _ratios(model: ModelConfig) -> dict[str, float]:
+    """What the scaled family keeps of DeepSeek-V2, and what it cannot."""
+    a, moe, d = model.attention, model.moe, model.hidden_size
+    assert moe is not None
+    return {
+        "total": accounting.total_parameters(model),
+        "d_c / (n_h d_h)": round(a.kv_lora_rank / (a.num_attention_heads * a.v_head_dim), 4),
+        "d_c / d_h": a.kv_lora_rank / a.v_head_dim,
+        "d_h^R / d_h": a.qk_rope_head_dim / a.v_head_dim,
+        "d_c' / d_c": (a.q_lora_rank or 0) / a.kv_lora_rank,
+        "devices D": moe.expert_devices,
+        "limit M": moe.device_limit or moe.expert_devices,
+        "experts/device": moe.experts_per_device,
+        "K": moe.num_experts_per_tok,
+        "shared : K": round(moe.n_shared_experts / moe.num_experts_per_tok, 3),
+        "expert width / d": round(moe.moe_intermediate_size / d, 3),
+        "dense FFN / d": round(model.intermediate_size / d, 2),
+        "dense layers": moe.first_k_dense_replace,
+        "gate scale 10/E": round(moe.routed_scaling_factor * 10 / moe.n_routed_experts, 3),
+    }
+
+
+def _short(value: float) -> str:
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+        if value >= size:
+            return f"{value / size:.2f}{unit}"
+    return f"{value:,g}"
 
 
 @app.command()

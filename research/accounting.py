@@ -29,10 +29,11 @@ def attention_parameters(attention: AttentionConfig, hidden_size: int) -> int:
 def _ffn_parameters(model: ModelConfig, layer: int, *, activated: bool) -> int:
     d = model.hidden_size
     if model.moe is None or not model.is_moe_layer(layer):
-        return 3 * d * model.intermediate_size
+        return (3 if model.gated_ffn else 2) * d * model.intermediate_size
     moe = model.moe
     routed = moe.num_experts_per_tok if activated else moe.n_routed_experts
-    return moe.n_routed_experts * d + 3 * d * moe.moe_intermediate_size * (routed + moe.n_shared_experts)
+    gate = moe.n_routed_experts * d if moe.selection == "affinity" else 0
+    return gate + (3 if moe.gated_experts else 2) * d * moe.moe_intermediate_size * (routed + moe.n_shared_experts)
 
 
 def _parameters(model: ModelConfig, *, activated: bool) -> int:

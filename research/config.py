@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 
 AttentionKind = Literal["mla", "mha", "gqa", "mqa"]
 Domain = Literal["en", "zh", "ko", "code", "math"]
+Activation = Literal["silu", "gelu", "relu"]
 
 _FORBID_UNKNOWN = {"extra": "forbid"}
 
@@ -125,6 +126,10 @@ class BalanceConfig:
     expert: float = 0.003
     device: float = 0.05
     communication: float = 0.02
+    scope: Literal["sequence", "batch"] = "sequence"
+    """Over which tokens the frequencies and affinities are taken: each sequence (DeepSeek-V2), or the whole batch (Switch, GShard, Mixtral)."""
+    count_first_choice_only: bool = False
+    """The frequency of an expert counts the tokens whose best expert it is, as in GShard, not all its tokens."""
 
     def __post_init__(self) -> None:
         for name in ("expert", "device", "communication"):
@@ -144,6 +149,16 @@ class MoEConfig:
     n_shared_experts: int = 0
     first_k_dense_replace: int = 1
     """So many layers at the start keep a dense FFN."""
+    moe_layer_freq: int = 1
+    """Of the layers after those, the first and then every so-many-th has experts; the others stay dense."""
+    selection: Literal["affinity", "hash"] = "affinity"
+    """`hash`: a token's experts are drawn once and for all from its id (Roller et al. 2021); there is no gate, and weights are 1 / K."""
+    norm_topk_prob: bool = False
+    """Weights of the chosen experts are scaled to a sum of 1 (Mixtral, GShard)."""
+    second_expert: Literal["always", "by_chance"] = "always"
+    """`by_chance`: in training the second of two experts is used with probability min(1, 2 g_2) (GShard, algorithm 1)."""
+    gated_experts: bool = True
+    """Routed and shared experts are gated FFNs of three matrices; false: of two, as in Switch, GShard and GLaM."""
     routed_scaling_factor: float = 1.0
     expert_devices: int = 1
     """D: devices over which the routed experts of one layer are spread."""
@@ -151,13 +166,16 @@ class MoEConfig:
     """M: devices that one token may reach; None is unrestricted."""
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     capacity_factor: float | None = None
-    """Device budget over average load at training (1.0 in the paper); None: nothing is dropped."""
+    """Budget over average load at training (1.0 in the paper); None: nothing is dropped.  Evaluation never drops."""
+    capacity_of: Literal["device", "expert"] = "device"
+    """`device`: the lowest affinities of an overfull device go (V2 section 2.2.4).  `expert`: those that come last in the
+    batch go, second choices after all first ones (Switch, GShard)."""
     undropped_sequences: float = 0.1
     """Share of the training sequences whose tokens are never dropped (V2 section 2.2.4)."""
 
     def __post_init__(self) -> None:
         e, k, d, m = self.n_routed_experts, self.num_experts_per_tok, self.expert_devices, self.device_limit
-        for name in ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "expert_devices"):
+        for name in ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "expert_devices", "moe_layer_freq"):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be > 0")
         _require(self.n_shared_experts >= 0, f"n_shared_experts={self.n_shared_experts} must be >= 0")
         _require(self.first_k_dense_replace >= 0, f"first_k_dense_replace={self.first_k_dense_replace} must be >= 0")
@@ -167,6 +185,14 @@ class MoEConfig:
             _require(1 <= m <= d, f"device_limit={m} must lie in 1..{d} (expert_devices), or be null for unrestricted")
             _require(k <= m * (e // d), f"num_experts_per_tok={k} does not fit on device_limit={m} devices of {e // d} experts")
         _require(self.capacity_factor is None or self.capacity_factor > 0, f"capacity_factor={self.capacity_factor} must be > 0 or null")
+        _require(
+            self.second_expert == "always" or k == 2,
+            f"second_expert={self.second_expert} needs num_experts_per_tok=2, it is {k}",
+        )
+        _require(
+            self.selection == "affinity" or m is None,
+            f"device_limit={m} with selection={self.selection}: hashed experts have no affinity to limit by; use null",
+        )
         _require(0 <= self.undropped_sequences <= 1, f"undropped_sequences={self.undropped_sequences} must lie in 0..1")
 
     @property
@@ -191,6 +217,10 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.006
     tie_word_embeddings: bool = False
+    activation: Activation = "silu"
+    """Of dense FFNs and experts alike."""
+    gated_ffn: bool = True
+    """Dense FFNs are gated (three matrices); false: two matrices."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"):
@@ -203,7 +233,9 @@ class ModelConfig:
             )
 
     def is_moe_layer(self, layer: int) -> bool:
-        return self.moe is not None and layer >= self.moe.first_k_dense_replace
+        if self.moe is None or layer < self.moe.first_k_dense_replace:
+            return False
+        return (layer - self.moe.first_k_dense_replace) % self.moe.moe_layer_freq == 0
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

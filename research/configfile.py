@@ -75,8 +75,20 @@ def load_run_config(mapping: Mapping[str, Any], source: str = "configuration", o
     `model: deepseek-v2-nano`, or `model: {preset: deepseek-v2-nano, moe: {device_limit: 2}}`, starts
     from that preset and lays the other keys over it.
     """
-    resolved = apply_overrides({**mapping, "model": resolve_model(mapping.get("model", {}), source)}, overrides)
-    return validate(RunConfig, resolved, source)
+    problems: list[str] = []
+    try:
+        model = resolve_model(mapping.get("model", {}), source)
+    except ConfigError as error:
+        # The rest is checked beside some model, so that all mistakes are told at once.
+        problems += error.problems
+        model = dataclasses.asdict(preset(next(iter(PRESETS))))
+    try:
+        config = validate(RunConfig, apply_overrides({**mapping, "model": model}, overrides), source)
+    except ConfigError as error:
+        raise ConfigError(*problems, *error.problems) from error
+    if problems:
+        raise ConfigError(*problems)
+    return config
 
 
 def resolve_model(model: Any, source: str) -> dict[str, Any]:

@@ -130,6 +130,8 @@ class RayExecutor:
     """
 
     def __init__(self, resources: Resources, runs: int) -> None:
+        if not os.environ.get("RAY_ADDRESS"):
+            _token_of_its_own()
         import ray  # noqa: PLC0415  (seconds; only a run that uses it pays)
 
         self._ray = ray
@@ -212,6 +214,13 @@ class RayExecutor:
         time.sleep(0)
 
 
+def _token_of_its_own() -> None:
+    """For the local Ray of this process, so that Ray leaves none in the user's home: with one there the next `ray start`
+    would ask every client for it.  Ray reads the mode when it is imported."""
+    if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
 def _connect(ray: Any, address: str | None) -> None:
     """To the cluster at `address` ($RAY_ADDRESS, which a Ray job has), else to a local one that ends with this process."""
     if address and address.startswith(("http://", "https://")):
@@ -222,10 +231,6 @@ def _connect(ray: Any, address: str | None) -> None:
     if not address:
         # "local", not Ray's own guess: that is the last cluster that was started here, dead or alive.
         place = {"address": "local", "include_dashboard": False}
-        # A token of its own, so that Ray leaves none in the user's home: with one there, the next `ray start`
-        # would ask every client for it.
-        if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
-            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     try:
         ray.init(**place, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The three balance losses of V2 section 2.2.3, per sequence, as sums without their alphas.
+"""The three balance losses of V2 section 2.2.3, per sequence or batch, as sums without their alphas.
 
 Each is sum_i f_i P_i with f a frequency (no gradient) and P a mean affinity (the only way gradient
 reaches the gate); under perfect balance each equals 1.
@@ -28,14 +28,20 @@ class BalanceLosses(NamedTuple):
 def balance_losses(routing: Routing, config: MoEConfig, sequences: int) -> BalanceLosses:
     """Equations 23 to 31 for a batch of `sequences` equally long sequences whose tokens follow each other.
 
-    Dropped assignments count: the losses act on what the gate asked for.  Without a device limit, M in
-    the communication loss is D, the limit that restricts nothing.
+    With `balance.scope: batch` the whole batch is taken as one sequence: for K = 1 the loss of the Switch
+    Transformer, and with `count_first_choice_only` GShard's.  Dropped assignments count: the losses act
+    on what the gate asked for.  Without a device limit, M in the communication loss is D, the limit that
+    restricts nothing.
     """
-    experts, chosen, devices = config.n_routed_experts, config.num_experts_per_tok, config.expert_devices
+    experts, devices = config.n_routed_experts, config.expert_devices
+    if config.balance.scope == "batch":
+        sequences = 1
     ids_BTK = routing.expert_ids_MK.unflatten(0, (sequences, -1))
-    length = ids_BTK.shape[1]
-    counts_BE = torch.zeros(sequences, experts, device=ids_BTK.device).scatter_add_(
-        1, ids_BTK.flatten(1), torch.ones((), device=ids_BTK.device).expand(sequences, length * chosen)
+    length, dtype = ids_BTK.shape[1], routing.scores_ME.dtype
+    counted = ids_BTK[..., :1] if config.balance.count_first_choice_only else ids_BTK
+    chosen = counted.shape[-1]
+    counts_BE = torch.zeros(sequences, experts, dtype=dtype, device=ids_BTK.device).scatter_add_(
+        1, counted.flatten(1), torch.ones((), dtype=dtype, device=ids_BTK.device).expand(sequences, length * chosen)
     )
     f_BE = counts_BE * (experts / (chosen * length))
     p_BE = routing.scores_ME.unflatten(0, (sequences, length)).mean(1)

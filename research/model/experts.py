@@ -1,34 +1,37 @@
 """The routed experts: tokens sorted by expert once, then one grouped product per projection."""
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from research.config import MoEConfig
+from research.config import Activation, MoEConfig
+from research.model.layers import ACTIVATIONS
 from research.model.router import Routing
 
 
 class RoutedExperts(nn.Module):
-    """E SwiGLU experts of width F, held as two tensors.
+    """E gated experts (SwiGLU with `silu`) of width F, held as two tensors.
 
-    gate_up_proj (E, 2F, D) holds each expert's gate rows, then its up rows; down_proj (E, D, F).
+    gate_up_proj (E, 2F, D) holds each expert's gate rows, then its up rows ((E, F, D), up rows only, where
+    experts are not gated); down_proj (E, D, F).
     """
 
-    def __init__(self, hidden_size: int, config: MoEConfig) -> None:
+    def __init__(self, hidden_size: int, config: MoEConfig, activation: Activation = "silu") -> None:
         super().__init__()
-        self.config = config
+        self.activation = ACTIVATIONS[activation]
         experts, width = config.n_routed_experts, config.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden_size))
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, (2 if config.gated_experts else 1) * width, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden_size, width))
 
     def forward(self, x_MD: Tensor, routing: Routing) -> Tensor:
         """sum over the kept choices of gate * expert(x): (M, D) -> (M, D)."""
-        return grouped_experts(x_MD, routing, self.gate_up_proj, self.down_proj)
+        return grouped_experts(x_MD, routing, self.gate_up_proj, self.down_proj, self.activation)
 
 
-def grouped_experts(x_MD: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
+def grouped_experts(x_MD: Tensor, routing: Routing, gate_up: Tensor, down: Tensor, activation: Callable[[Tensor], Tensor] = F.silu) -> Tensor:
     """The fast form.  Assignments are sorted by expert; dropped ones are left out of the products.
 
     The gate is applied to the hidden activations, the narrowest place of the path.
@@ -40,9 +43,16 @@ def grouped_experts(x_MD: Tensor, routing: Routing, gate_up: Tensor, down: Tenso
     order = expert.argsort(stable=True)[: int(ends[-1])]
     token = order // chosen
     hidden = _grouped_product(x_MD.index_select(0, token), gate_up, ends)
-    gate, up = hidden.chunk(2, -1)
-    activated = F.silu(gate) * up * routing.gates_MK.flatten().index_select(0, order)[:, None].to(hidden.dtype)
+    activated = _activate(hidden, down.shape[-1], activation) * routing.gates_MK.flatten().index_select(0, order)[:, None].to(hidden.dtype)
     return torch.zeros_like(x_MD).index_add_(0, token, _grouped_product(activated, down, ends))
+
+
+def _activate(hidden: Tensor, width: int, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """act(gate) * up of (..., 2F), act(up) of (..., F)."""
+    if hidden.shape[-1] == width:
+        return activation(hidden)
+    gate, up = hidden.chunk(2, -1)
+    return activation(gate) * up
 
 
 def _grouped_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -56,7 +66,7 @@ def _grouped_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return torch.cat([rows[a:b] @ weight[e].to(rows.dtype).T for e, (a, b) in enumerate(itertools.pairwise(starts))])
 
 
-def looped_experts(x_MD: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
+def looped_experts(x_MD: Tensor, routing: Routing, gate_up: Tensor, down: Tensor, activation: Callable[[Tensor], Tensor] = F.silu) -> Tensor:
     """The slow twin and specification: one token and one choice at a time."""
     rows = []
     for token in range(x_MD.shape[0]):
@@ -65,7 +75,9 @@ def looped_experts(x_MD: Tensor, routing: Routing, gate_up: Tensor, down: Tensor
             if not routing.kept_MK[token, choice]:
                 continue
             expert = int(routing.expert_ids_MK[token, choice])
-            gate, up = (gate_up[expert] @ x_MD[token]).chunk(2)
-            total = total + routing.gates_MK[token, choice] * (down[expert] @ (F.silu(gate) * up))
+            hidden = gate_up[expert] @ x_MD[token]
+            width = down.shape[-1]
+            hidden = activation(hidden[:width]) * hidden[width:] if len(hidden) > width else activation(hidden)
+            total = total + routing.gates_MK[token, choice] * (down[expert] @ hidden)
         rows.append(total)
     return torch.stack(rows)

@@ -1,10 +1,13 @@
 """The small parts: normalisation, the gated FFN, rotary position embedding."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from research.config import Activation
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -49,17 +52,26 @@ class RMSNorm(nn.Module):
         return F.rms_norm(wide, weight.shape, weight, self.eps).to(x.dtype)
 
 
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)): the dense FFN, and the shared experts as one FFN of their summed width."""
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+
+class FeedForward(nn.Module):
+    """down(act(gate(x)) * up(x)), or down(act(up(x))) where it is not gated.
+
+    The dense FFN, and the shared experts as one FFN of their summed width.  Gated with `silu` it is SwiGLU.
+    """
+
+    def __init__(self, hidden_size: int, intermediate_size: int, activation: Activation = "silu", *, gated: bool = True) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.activation = ACTIVATIONS[activation]
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False) if gated else None
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.gate_proj is None:
+            return self.down_proj(self.activation(self.up_proj(x)))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 def rotary_table(positions: Tensor, width: int, theta: float, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -6,8 +6,8 @@ from torch.nn import functional as F
 
 from research.config import ModelConfig
 from research.model.experts import RoutedExperts
-from research.model.layers import SwiGLU, at_least_float32
-from research.model.router import Routing, drop_over_capacity, route
+from research.model.layers import FeedForward, at_least_float32
+from research.model.router import Routing, drop, hash_table, route, route_by_hash
 
 
 class Gate(nn.Module):
@@ -23,27 +23,34 @@ class Gate(nn.Module):
 
 
 class MoE(nn.Module):
-    """Gate, routed experts and shared experts; the shared ones are one FFN of their summed width."""
+    """Gate (or hash), routed experts and shared experts; the shared ones are one FFN of their summed width."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         assert config.moe is not None
         self.config = config.moe
-        self.gate = Gate(config.hidden_size, self.config.n_routed_experts)
-        self.experts = RoutedExperts(config.hidden_size, self.config)
+        hashed = self.config.selection == "hash"
+        self.gate = None if hashed else Gate(config.hidden_size, self.config.n_routed_experts)
+        self.register_buffer("table", hash_table(config.vocab_size, self.config, layer) if hashed else None, persistent=False)
+        self.experts = RoutedExperts(config.hidden_size, self.config, config.activation)
+        width = self.config.n_shared_experts * self.config.moe_intermediate_size
         self.shared_experts = (
-            SwiGLU(config.hidden_size, self.config.n_shared_experts * self.config.moe_intermediate_size) if self.config.n_shared_experts else None
+            FeedForward(config.hidden_size, width, config.activation, gated=self.config.gated_experts) if self.config.n_shared_experts else None
         )
 
-    def forward(self, x: Tensor, protected_B: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """x (B, T, D) -> the FFN's output (B, T, D) without the residual, and the routing of the B * T tokens.
+    def forward(self, x: Tensor, ids: Tensor, protected_B: Tensor | None = None, chance: torch.Generator | None = None) -> tuple[Tensor, Routing]:
+        """x (B, T, D) of tokens ids (B, T) -> the FFN's output (B, T, D) without the residual, and the routing of the B * T tokens.
 
         `protected_B` marks the sequences whose tokens are never dropped; None (evaluation) drops nothing.
         """
         flat = x.flatten(0, 1)
-        routing = route(self.gate(flat), self.config)
-        if protected_B is not None and self.config.capacity_factor is not None:
-            routing = drop_over_capacity(routing, self.config, protected_B.repeat_interleave(x.shape[1]))
+        if self.gate is None:
+            assert isinstance(self.table, Tensor)
+            routing = route_by_hash(ids.flatten(), self.table, self.config, at_least_float32(flat).dtype)
+        else:
+            routing = route(self.gate(flat), self.config, chance)
+        if protected_B is not None:
+            routing = drop(routing, self.config, protected_B.repeat_interleave(x.shape[1]))
         out = self.experts(flat, routing).view_as(x)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x)

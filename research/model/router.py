@@ -39,12 +39,62 @@ def choose(scores_ME: Tensor, config: MoEConfig) -> Tensor:
     return scores_ME.topk(config.num_experts_per_tok, -1).indices
 
 
-def route(logits_ME: Tensor, config: MoEConfig) -> Routing:
-    """The gate (V2 equations 21 and 22), in float32 at least and without renormalisation over the chosen."""
+def route(logits_ME: Tensor, config: MoEConfig, chance: torch.Generator | None = None) -> Routing:
+    """The gate (V2 equations 21 and 22), in float32 at least; weights sum to 1 only with `norm_topk_prob`.
+
+    With `chance` (training) and `second_expert: by_chance`, a token's second expert is kept with probability
+    min(1, 2 g_2) (GShard, algorithm 1); without it, always.
+    """
     scores = at_least_float32(logits_ME).softmax(-1)
     ids = choose(scores.detach(), config)
-    gates = scores.gather(-1, ids) * config.routed_scaling_factor
-    return Routing(ids, gates, scores, torch.ones_like(ids, dtype=torch.bool))
+    gates = scores.gather(-1, ids)
+    if config.norm_topk_prob:
+        gates = gates / gates.sum(-1, keepdim=True)
+    kept = torch.ones_like(ids, dtype=torch.bool)
+    if config.second_expert == "by_chance" and chance is not None:
+        kept[:, 1] = torch.rand(len(ids), generator=chance, device=ids.device) < 2 * gates[:, 1].detach()
+        gates = gates * kept
+    return Routing(ids, gates * config.routed_scaling_factor, scores, kept)
+
+
+def hash_table(vocab_size: int, config: MoEConfig, layer: int) -> Tensor:
+    """int64 (vocabulary, K): the experts of every token id, distinct, equally many ids for each expert (Roller et al. 2021)."""
+    first = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(layer), device="cpu") % config.n_routed_experts
+    return (first[:, None] + torch.arange(config.num_experts_per_tok, device="cpu")) % config.n_routed_experts
+
+
+def route_by_hash(token_ids_M: Tensor, table: Tensor, config: MoEConfig, dtype: torch.dtype) -> Routing:
+    """The experts that `table` holds for each token, with equal weights; as affinities, those weights."""
+    ids = table.to(token_ids_M.device)[token_ids_M]
+    gates = torch.full(ids.shape, 1 / config.num_experts_per_tok, dtype=dtype, device=ids.device)
+    scores = torch.zeros(len(ids), config.n_routed_experts, dtype=dtype, device=ids.device).scatter_(-1, ids, gates)
+    return Routing(ids, gates * config.routed_scaling_factor, scores, torch.ones_like(ids, dtype=torch.bool))
+
+
+def drop(routing: Routing, config: MoEConfig, protected_M: Tensor) -> Routing:
+    """What training drops under `capacity_of`; nothing without a capacity factor."""
+    if config.capacity_factor is None:
+        return routing
+    return drop_over_capacity(routing, config, protected_M) if config.capacity_of == "device" else drop_latecomers(routing, config)
+
+
+def drop_latecomers(routing: Routing, config: MoEConfig) -> Routing:
+    """Expert capacity as in Switch and GShard: each expert takes its first assignments up to capacity_factor M K / E.
+
+    All first choices come before all second ones, each in the order of the tokens; assignments that
+    chance has dropped already take no place.
+    """
+    assert config.capacity_factor is not None
+    tokens, chosen = routing.expert_ids_MK.shape
+    capacity = math.ceil(config.capacity_factor * tokens * chosen / config.n_routed_experts)
+    expert = torch.where(routing.kept_MK, routing.expert_ids_MK, config.n_routed_experts).T.flatten()
+    order = expert.argsort(stable=True)
+    load = torch.bincount(expert, minlength=config.n_routed_experts + 1)
+    start = load.cumsum(0) - load
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(order.numel(), device=order.device) - start[expert[order]]
+    kept = routing.kept_MK & (rank < capacity).view(chosen, tokens).T
+    return routing._replace(gates_MK=routing.gates_MK * kept, kept_MK=kept)
 
 
 def drop_over_capacity(routing: Routing, config: MoEConfig, protected_M: Tensor) -> Routing:

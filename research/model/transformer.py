@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from research.config import ModelConfig
 from research.model.attention import GroupedAttention, MultiHeadLatentAttention
 from research.model.cache import Cache, LayerCache, Place
-from research.model.layers import RMSNorm, SwiGLU, at_least_float32, rotary_table
+from research.model.layers import FeedForward, RMSNorm, at_least_float32, rotary_table
 from research.model.moe import MoE
 from research.model.router import Routing
 
@@ -26,6 +26,12 @@ class Output(NamedTuple):
     routings: dict[int, Routing]
 
 
+def _ffn(config: ModelConfig, layer: int) -> MoE | FeedForward:
+    if config.is_moe_layer(layer):
+        return MoE(config, layer)
+    return FeedForward(config.hidden_size, config.intermediate_size, config.activation, gated=config.gated_ffn)
+
+
 class Block(nn.Module):
     """h = x + attention(norm(x)); h + ffn(norm(h))."""
 
@@ -35,15 +41,22 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(d, eps)
         self.self_attn = MultiHeadLatentAttention(config) if config.attention.kind == "mla" else GroupedAttention(config)
         self.post_attention_layernorm = RMSNorm(d, eps)
-        self.mlp = MoE(config) if config.is_moe_layer(layer) else SwiGLU(d, config.intermediate_size)
+        self.mlp = _ffn(config, layer)
 
     def forward(
-        self, x: Tensor, table: Tensor, cache: LayerCache | None, place: Place | None, protected_B: Tensor | None
+        self,
+        x: Tensor,
+        ids: Tensor,
+        table: Tensor,
+        cache: LayerCache | None,
+        place: Place | None,
+        protected_B: Tensor | None,
+        chance: torch.Generator | None,
     ) -> tuple[Tensor, Routing | None]:
         x = x + self.self_attn(self.input_layernorm(x), table, cache, place)
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
-            out, routing = self.mlp(normed, protected_B)
+            out, routing = self.mlp(normed, ids, protected_B, chance)
             return x + out, routing
         return x + self.mlp(normed), None
 
@@ -64,13 +77,21 @@ class Transformer(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def forward(self, ids: Tensor, cache: Cache | None = None, protected_B: Tensor | None = None, new_B: Tensor | None = None) -> Output:
+    def forward(
+        self,
+        ids: Tensor,
+        cache: Cache | None = None,
+        protected_B: Tensor | None = None,
+        chance: torch.Generator | None = None,
+        new_B: Tensor | None = None,
+    ) -> Output:
         """With a cache, `ids` are the positions after those that each sequence has there, of which the first `new_B`
         (int64, B; None: all) are real and the rest padding, whose logits and routing mean nothing.  Such batches of
         unequal lengths are for evaluation: padding would take its share of a device's budget.
 
-        `protected_B` (bool, B) turns token dropping on and marks the sequences spared by it (training); None drops
-        nothing.  ValueError for more positions than the cache has."""
+        `protected_B` (bool, B) turns token dropping on and marks the sequences spared by it, `chance` is what second
+        experts are drawn with (both for training); None drops nothing.  ValueError for more positions than the
+        cache has."""
         a = self.config.attention
         place = None if cache is None else cache.place(ids.shape[1], new_B, ids.device)
         positions = torch.arange(ids.shape[1], device=ids.device) if place is None else place.positions
@@ -80,7 +101,7 @@ class Transformer(nn.Module):
         x = self.embed_tokens(ids)
         routings: dict[int, Routing] = {}
         for index, block in enumerate(self.layers):
-            x, routing = block(x, table, cache.layers[index] if cache is not None else None, place, protected_B)
+            x, routing = block(x, ids, table, cache.layers[index] if cache is not None else None, place, protected_B, chance)
             if routing is not None:
                 routings[index] = routing
         if cache is not None:

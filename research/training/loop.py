@@ -139,12 +139,13 @@ def _optimizer_step(
     training, place, moe = config.training, model.lm_head.weight.device, config.model.moe
     ids = torch.from_numpy(batch(data, config.data, seed=config.seed, step=step, batch_size=training.batch_size)).to(place)
     protected = _protected(config, step).to(place)
+    chance = torch.Generator(place).manual_seed(int(np.random.default_rng((config.seed, step, 2)).integers(2**62)))
     size = training.micro_batch_size or training.batch_size
     parts: list[dict[str, float]] = []
     optimizer.zero_grad(set_to_none=True)
     for rows, spared in zip(ids.split(size), protected.split(size), strict=True):
         with torch.autocast(place.type, dtype=torch.bfloat16, enabled=place.type == "cuda"):
-            out = model(rows[:, :-1], protected_B=spared)
+            out = model(rows[:, :-1], protected_B=spared, chance=chance)
         language = language_loss(out.logits, rows[:, 1:])
         balance = _balance(out.routings, config, rows.shape[0])
         loss = language

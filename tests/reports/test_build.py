@@ -92,7 +92,7 @@ def test_the_page_says_everything_and_is_the_same_when_built_again(write_store, 
     for words in (
         "Does it matter?",
         "Noise floor",
-        "below an order-2",
+        "an order-2",
         "Nothing: every planned run finished",
         "`id00` (000-0)",
         "differ only in the searched",

@@ -28,6 +28,36 @@ def test_deepseek_v2_lite_is_what_the_paper_prints():
     assert accounting.kv_cache_elements_per_token(model) == 15_552
 
 
+def test_the_models_that_it_stands_against_are_what_is_published():
+    expected = {  # billions of parameters, cached elements per token
+        "deepseek-67b": (67.43, 194_560),
+        "llama3-70b": (70.55, 163_840),
+        "mixtral-8x22b": (140.62, 114_688),
+        "qwen1.5-72b": (72.29, 1_310_720),
+        "switch-base-128": (7.39, 36_864),
+        "deepseekmoe-16b": (16.38, 114_688),
+        "ablation-small-mha": (15.79, 110_592),
+        "ablation-small-mla": (15.71, 15_552),
+    }
+    for name, (billions, elements) in expected.items():
+        model = preset(name)
+        assert round(accounting.total_parameters(model) / 1e9, 2) == billions, name
+        assert accounting.kv_cache_elements_per_token(model) == elements, name
+    assert accounting.kv_cache_bytes_per_token(preset("deepseek-67b")) == 389_120
+    assert round(accounting.train_flops_per_token(preset("deepseek-67b"), 4096) / 1e9, 1) == 418.6
+    # Mixtral's published 39B activated counts the input embedding.
+    mixtral = preset("mixtral-8x22b")
+    assert round((accounting.activated_parameters(mixtral) + mixtral.vocab_size * mixtral.hidden_size) / 1e9, 2) == 39.15
+    small_mha = accounting.activated_parameters(preset("ablation-small-mha"))
+    assert round(small_mha / 1e9, 1) == 2.5
+
+
+def test_the_scaled_family_has_the_stated_sizes():
+    for name, millions in (("nano", 1), ("micro", 5), ("mini", 25), ("small", 120)):
+        total = accounting.total_parameters(preset(f"deepseek-v2-{name}"))
+        assert total == pytest.approx(millions * 1e6, rel=0.06), name
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_closed_form_counts_every_parameter_of_the_module(name):
     model = preset(name)
@@ -56,6 +86,9 @@ def models(draw):
         moe_intermediate_size=draw(st.integers(1, 5)),
         n_shared_experts=draw(st.integers(0, 2)),
         first_k_dense_replace=draw(st.integers(0, 2)),
+        moe_layer_freq=draw(st.integers(1, 3)),
+        selection=draw(st.sampled_from(["affinity", "hash"])),
+        gated_experts=draw(st.booleans()),
         expert_devices=devices,
     )
     return ModelConfig(
@@ -66,6 +99,7 @@ def models(draw):
         attention=attention,
         moe=draw(st.sampled_from([None, moe])),
         tie_word_embeddings=draw(st.booleans()),
+        gated_ffn=draw(st.booleans()),
     )
 
 

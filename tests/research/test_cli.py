@@ -74,7 +74,7 @@ def test_train_resume_and_generate(tmp_path):
     text.write_text("".join(f"the quick brown fox number {i * 7919 % 10007} jumps over {i * i % 97} lazy dogs\n" for i in range(2000)))
     run = tmp_path / "run.yaml"
     run.write_text(
-        f"model: {{preset: deepseek-v2-nano, vocab_size: 270, num_hidden_layers: 2}}\n"
+        f"model: {{preset: deepseek-v2-nano, vocab_size: 270}}\n"
         f"data: {{corpus: files, paths: ['{text}'], tokenizer_vocab_size: 270, sequence_length: 32}}\n"
         "training: {train_tokens: 20480, batch_size: 8, validation_tokens: 1024, optimizer: {learning_rate: 0.003, warmup_steps: 5}}\n"
     )

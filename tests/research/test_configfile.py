@@ -43,6 +43,12 @@ def test_all_mistakes_at_once():
     assert len(caught.value.problems) == 3
 
 
+def test_beside_an_unknown_preset_the_other_mistakes_are_told_too():
+    with pytest.raises(ConfigError) as caught:
+        load_run_config({"model": {"preset": "deepseek-v2-nan"}, "training": {"train_tokens": "x"}, "data": {"corpsu": "files"}})
+    assert len(caught.value.problems) == 3
+
+
 def test_an_unknown_preset_names_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'deepseek-v2-nano'"):
         load_run_config({**RUN, "model": "deepseek-v2-nan"})

@@ -41,7 +41,7 @@ def small(**training) -> RunConfig:
     }
     return load_run_config(
         {
-            "model": {"preset": "deepseek-v2-nano", "num_hidden_layers": 2, "vocab_size": 512},
+            "model": {"preset": "deepseek-v2-nano", "vocab_size": 512},
             "data": {"corpus": "installed", "max_train_megabytes": 1, "tokenizer_vocab_size": 512, "sequence_length": 64},
             "training": {**settings, "optimizer": {"learning_rate": 0.003, "warmup_steps": 5}, **training},
         }

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,3 +114,15 @@ def test_real_models_on_ray(sweeps_on_ray: Sweeps, study: StudyWriter) -> None:
         assert 0 < summary["metrics"]["validation/bits_per_byte"] < 8
         assert summary["metrics"]["simulation/all_to_all_seconds"] > 0
         assert (sweeps_on_ray.root / "runs" / run / "routing.npz").exists()
+
+
+def test_a_local_ray_joins_no_dead_cluster_and_leaves_no_token(environment: dict[str, str], study: StudyWriter, tmp_path: Path) -> None:
+    """As after a cluster that was killed: its address is still written down where Ray looks first."""
+    with tempfile.TemporaryDirectory() as place:  # pytest's paths are too long for Ray's sockets
+        (Path(place) / "ray").mkdir()
+        (Path(place) / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+        sweeps = Sweeps({**environment, "HOME": str(tmp_path), "RAY_TMPDIR": place})
+        code, output = sweeps.call("run", study(seeds=[0]), "--function", STANDIN)
+    assert code == 0, output
+    assert not (tmp_path / ".ray").exists()
+    assert {s["state"] for s in sweeps.summaries().values()} == {"finished"}

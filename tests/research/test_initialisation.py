@@ -1,0 +1,60 @@
+"""At initialisation (N(0, 0.006 sqrt(5120 / d))) nothing grows or fades with depth, at any width of the family."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from research.model.transformer import Transformer, language_loss
+from research.presets import preset
+
+
+def rms(x):
+    return float(x.detach().square().mean().sqrt())
+
+
+@pytest.mark.parametrize(("name", "layers"), [("deepseek-v2-nano", 2), ("deepseek-v2-nano", 40), ("deepseek-v2-micro", 4), ("deepseek-v2-mini", 6)])
+def test_activations_and_gradients_keep_their_size_through_depth(name, layers):
+    config = replace(preset(name), num_hidden_layers=layers)
+    model = Transformer(config).initialise(0)
+    branches, stream = [], []
+    for block in model.layers:
+        block.self_attn.register_forward_hook(lambda _, __, out: branches.append(rms(out)))
+        block.register_forward_hook(lambda _, __, out: stream.append(rms(out[0])))
+    ids = torch.randint(0, config.vocab_size, (2, 65), generator=torch.Generator().manual_seed(1))
+    loss = language_loss(model(ids[:, :-1]).logits, ids[:, 1:])
+    loss.backward()
+    assert float(loss) == pytest.approx(math.log(config.vocab_size), abs=0.25), "no token is preferred yet"
+    embedding = rms(model.embed_tokens(ids))
+    assert embedding == pytest.approx(config.initializer_range, rel=0.1)
+    # Branches add up like a random walk: the stream grows with the square root of depth, not exponentially.
+    assert stream[-1] / embedding < 4 * math.sqrt(layers)
+    assert max(branches) / min(branches) < 5
+    for parameter in ("self_attn.o_proj.weight", "input_layernorm.weight", "post_attention_layernorm.weight"):
+        norms = [float(block.get_parameter(parameter).grad.norm()) for block in model.layers]
+        # A branch sees the stream divided by its size: gradients fade as slowly as the stream grows.
+        assert max(norms) / min(norms) < 4 * math.sqrt(layers), parameter
+
+
+def test_the_rule_gives_the_published_value_at_full_width():
+    assert preset("deepseek-v2").initializer_range == 0.006
+    for name in ("deepseek-v2-nano", "deepseek-v2-micro", "deepseek-v2-mini", "deepseek-v2-small"):
+        config = preset(name)
+        assert config.initializer_range == pytest.approx(0.006 * math.sqrt(5120 / config.hidden_size), abs=1e-4)
+
+
+def test_all_matrices_have_the_stated_spread_and_all_gains_are_one():
+    config = preset("deepseek-v2-micro")
+    for name, parameter in Transformer(config).initialise(3).named_parameters():
+        if parameter.ndim > 1:
+            assert rms(parameter) == pytest.approx(config.initializer_range, rel=0.05), name
+        else:
+            assert torch.equal(parameter, torch.ones_like(parameter)), name
+
+
+def test_the_same_seed_is_the_same_model():
+    config = preset("deepseek-v2-nano")
+    one, two, other = (Transformer(config).initialise(seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not torch.equal(one["embed_tokens.weight"], other["embed_tokens.weight"])
