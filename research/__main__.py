@@ -1,5 +1,6 @@
 """`python -m research`: train a model, look at it, let it speak; without Ray or MLflow."""
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -103,6 +104,11 @@ def describe(
         "activated_parameters": accounting.activated_parameters(model),
         "kv_cache_elements_per_token": accounting.kv_cache_elements_per_token(model),
         "kv_cache_bytes_per_token": accounting.kv_cache_bytes_per_token(model, kv_bits),
+        **(
+            {"kv_cache_bytes_per_token_stored": accounting.kv_cache_bytes_per_token_stored(model, int(kv_bits))}
+            if kv_bits in accounting.KV_BITS
+            else {}
+        ),
         "forward_flops_per_token": accounting.forward_flops_per_token(model, sequence_length),
         "train_flops_per_token": accounting.train_flops_per_token(model, sequence_length),
         "weights_bytes": accounting.weights_bytes(model),
@@ -126,36 +132,90 @@ def train(
 ) -> None:
     """Train one model.  Example: python -m research train deepseek-v2-nano --out /tmp/nano --set training.train_tokens=200000"""
     # Half a second to two of torch are paid only by the commands that need it.
+    from research.continuation import Sampling, gather_prompts, go_on  # noqa: PLC0415
     from research.training.loop import train as run  # noqa: PLC0415
     from research.training.records import JsonlRecorder, Record  # noqa: PLC0415
 
+    gather_prompts([prompt], None)
     mapping = read_yaml(model) if Path(model).suffix in (".yaml", ".yml") else _default_run(model)
     config = load_run_config(mapping, model, overrides or [])
     with _progress(config.steps) as step:
 
-        def go_on(record: Record) -> bool:
+        def watch(record: Record) -> bool:
             step(record.step, "  ".join(f"{name} {value:.4g}" for name, value in record.metrics.items() if name in SHOWN))
             return False
 
-        result = run(config, out, JsonlRecorder(out / "metrics.jsonl"), go_on, device=device, announce=lambda line: step(None, line))
+        result = run(config, out, JsonlRecorder(out / "metrics.jsonl"), watch, device=device, announce=lambda line: step(None, line))
     print(json.dumps({"state": result.state, "reason": result.reason, "seconds": round(result.seconds, 1), "metrics": result.metrics}, indent=1))
     if result.trace is not None:
         result.trace.save(out / "routing.npz")
     if result.state == "finished":
-        _continue_text(out, prompt, tokens=80, temperature=0.8, top_p=0.95, seed=0)
+        go_on(out, [prompt], Sampling(tokens=80), _write)
+        print()
 
 
 @app.command()
 def generate(
     run: Annotated[Path, typer.Argument(help="A run's directory, with its checkpoint")],
-    prompt: Annotated[str, typer.Option(help="Text to go on from")],
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to go on from; repeatable")] = None,
+    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="A file with one prompt on each line")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="New tokens")] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="The same seed goes on from a prompt in the same way, whatever the other prompts are")] = 0,
+    kv_bits: Annotated[int | None, typer.Option(help="Bits per cached element: 16, 8, 6 or 4; by default the model's own precision")] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
-    """Let a trained model go on with a text.  Example: python -m research generate RUN --prompt 'def shortest_path(' --temperature 0"""
-    _continue_text(run, prompt, tokens=tokens, temperature=temperature, top_p=top_p, seed=seed)
+    """Let a trained model go on with texts.
+
+    Example: python -m research generate RUN --prompt 'def shortest_path(' --prompt 'The graph' --temperature 0 --kv-bits 6
+    """
+    from research.continuation import Sampling, gather_prompts, go_on  # noqa: PLC0415
+    from research.evaluation.cache_width import check_bits  # noqa: PLC0415
+
+    check_bits(kv_bits)
+    texts = gather_prompts(prompt or [], prompts)
+    sampling = Sampling(tokens=tokens, temperature=temperature, top_p=top_p, seed=seed, kv_bits=kv_bits)
+    if as_json:
+        found = [dataclasses.asdict(c) for c in go_on(run, texts, sampling)]
+        print(json.dumps({"run": str(run), "sampling": dataclasses.asdict(sampling), "continuations": found}, indent=1, ensure_ascii=False))
+        return
+    others = go_on(run, texts, sampling, _write)[1:]
+    print()
+    for continuation in others:
+        print(f"\n{continuation.prompt}{continuation.text}")
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run's directory, with its checkpoint")],
+    kv_bits: Annotated[list[int] | None, typer.Option(help="Bits per cached element: 16, 8, 6 or 4; repeatable, by default all of them")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Held-out tokens per domain; by default as in training")] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Held-out bits per byte out of a cache of each width, and what the cache takes.
+
+    Example: python -m research evaluate RUN --kv-bits 8 --kv-bits 6 --json
+    """
+    from research.data.prepare import prepare  # noqa: PLC0415
+    from research.evaluation.cache_width import check_bits, evaluate_widths  # noqa: PLC0415
+    from research.training.checkpoint import load_model  # noqa: PLC0415
+
+    widths = kv_bits or list(accounting.KV_BITS)
+    for bits in widths:
+        check_bits(bits)
+    model, config = load_model(run)
+    scores = evaluate_widths(model, prepare(config.data), config, widths, tokens or config.training.validation_tokens)
+    if as_json:
+        print(json.dumps({"run": str(run), "widths": [dataclasses.asdict(score) for score in scores]}, indent=1))
+        return
+    full, *narrow = scores
+    names = [f"{score.bits} bits" for score in narrow]
+    table = Table("", "full precision", *names, title="Held-out bits per byte, and the difference out of a cache of so many bits")
+    for domain, value in full.bits_per_byte.items():
+        table.add_row(domain, f"{value:.4f}", *(f"{score.difference[domain]:+.5f}" for score in narrow))
+    table.add_row("bytes/token", *(f"{score.bytes_per_token:,}" for score in scores))
+    Console().print(table)
 
 
 SHOWN = ("train/loss", "validation/bits_per_byte", "train/tokens_per_second")
@@ -170,29 +230,8 @@ def _default_run(name: str) -> dict[str, object]:
     return {"model": name, "data": data, "training": {"train_tokens": 1_000_000, "optimizer": optimizer}}
 
 
-def _continue_text(run: Path, prompt: str, *, tokens: int, temperature: float, top_p: float, seed: int) -> None:
-    import torch  # noqa: PLC0415
-
-    from research.data.prepare import prepare  # noqa: PLC0415
-    from research.model.generation import generate as sample  # noqa: PLC0415
-    from research.training.checkpoint import load_model  # noqa: PLC0415
-
-    model, config = load_model(run)
-    tokenizer = prepare(config.data).tokenizer()
-    ids = tokenizer.encode(prompt).ids
-    if not ids:
-        raise UserError(f"--prompt = {prompt!r}: holds no text to go on from")
-    print(prompt, end="", flush=True)
-    produced: list[int] = []
-    shown = ""
-    for new in sample(model, torch.tensor([ids]), tokens, temperature=temperature, top_p=top_p, seed=seed):
-        produced.append(int(new[0]))
-        text = tokenizer.decode(produced)
-        # A character may be spread over several tokens: it is shown when it is whole.
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-    print()
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
 
 
 class _progress:  # noqa: N801  (used as a function)

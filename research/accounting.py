@@ -3,7 +3,12 @@
 They are checked against the module itself on torch's meta device, to the last parameter.
 """
 
+import math
+
 from research.config import AttentionConfig, ModelConfig
+
+KV_BITS = (16, 8, 6, 4)
+"""Bits per element in which a cache can be kept; 16 is bfloat16 without a grid."""
 
 
 def attention_parameters(attention: AttentionConfig, hidden_size: int) -> int:
@@ -60,6 +65,19 @@ def kv_cache_elements_per_token(model: ModelConfig) -> int:
 def kv_cache_bytes_per_token(model: ModelConfig, bits: float = 16) -> float:
     """Bytes of cache per token at `bits` per element, without scales."""
     return kv_cache_elements_per_token(model) * bits / 8
+
+
+def kv_cache_bytes_per_token_stored(model: ModelConfig, bits: int) -> int:
+    """Bytes of cache per token as it is allocated, for `bits` of KV_BITS: below 16, each vector is filled up to whole bytes
+    and to a whole group of codes (4 codes of 6 bits are 3 bytes), and has a step and an offset of 16 bits.
+
+    A layer keeps two vectors for MLA (widths d_c and d_h^R) and two per head group otherwise (d_k and d_v).
+    """
+    a = model.attention
+    groups, widths = (1, (a.kv_lora_rank, a.qk_rope_head_dim)) if a.kind == "mla" else (a.key_value_heads, (a.qk_head_dim, a.v_head_dim))
+    unit = math.lcm(bits, 8)
+    codes = sum(-(-width * bits // unit) * unit // 8 for width in widths)
+    return model.num_hidden_layers * groups * (codes + (0 if bits == 16 else 2 * 4))
 
 
 def forward_flops_per_token(model: ModelConfig, sequence_length: int) -> float:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from research.config import DataConfig
 from research.data.batches import heldout_batches
 from research.data.prepare import PreparedData
+from research.model.cache import Cache
 from research.model.transformer import Transformer
 from research.training import records
 
@@ -28,18 +29,25 @@ class DomainScore:
 
 
 @torch.no_grad()
-def evaluate_domains(model: Transformer, data: PreparedData, config: DataConfig, max_tokens: int) -> dict[str, DomainScore]:
-    """Score every domain; nothing is dropped, windows do not overlap, a window's first token is context only."""
-    device = model.lm_head.weight.device
+def evaluate_domains(model: Transformer, data: PreparedData, config: DataConfig, max_tokens: int, bits: int | None = None) -> dict[str, DomainScore]:
+    """Score every domain; nothing is dropped, windows do not overlap, a window's first token is context only.
+
+    bits: every token is predicted from keys and values read back from a cache of that width; None: no cache.  A window is
+    one pass through an empty cache: each layer attends to what the cache gives back, its own position included, which
+    is what decoding token by token attends to.
+    """
+    weight = model.lm_head.weight
     token_bytes = np.asarray(data.token_bytes())
     scores = {}
     for domain in data.domains:
-        bits, size = 0.0, 0
+        length, size = 0.0, 0
         for window in heldout_batches(data, config, domain=domain, max_tokens=max_tokens):
-            ids = torch.from_numpy(np.ascontiguousarray(window)).to(device)
-            bits += float(_nats(model(ids[:, :-1]).logits, ids[:, 1:])) / math.log(2)
+            ids = torch.from_numpy(np.ascontiguousarray(window)).to(weight.device)
+            given = ids[:, :-1]
+            cache = None if bits is None else Cache.allocate(model.config, *given.shape, dtype=weight.dtype, device=weight.device, bits=bits)
+            length += float(_nats(model(given, cache).logits, ids[:, 1:])) / math.log(2)
             size += int(token_bytes[window[:, 1:]].sum())
-        scores[domain] = DomainScore(bits=bits, bytes=size)
+        scores[domain] = DomainScore(bits=length, bytes=size)
     return scores
 
 

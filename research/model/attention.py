@@ -15,31 +15,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from research.config import AttentionConfig, ModelConfig
-from research.model.cache import LayerCache
+from research.model.cache import LayerCache, Place
 from research.model.layers import RMSNorm, at_least_float32, rotate
 
 
-def softmax_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+def softmax_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None, *, scale: float) -> Tensor:
     """Causal attention: query (B, H, T, a), key (B, H or groups, S, a), value (B, H or groups, S, V) -> (B, H, T, V).
 
-    The T queries are the last T of the S positions.  Values narrower than keys are padded with zeros:
-    the fused CPU kernel exists for equal widths only and the fallback builds the T x S matrix.
+    visible: bool, broadcast to (B, H, T, S), what each query may see; None: T = S and every query sees the
+    positions up to its own.  Values narrower than keys are padded with zeros: the fused CPU kernel exists
+    for equal widths only and the fallback builds the T x S matrix.
     """
-    positions, width = query.shape[-2], value.shape[-1]
+    width = value.shape[-1]
     grouped = key.shape[1] != query.shape[1]
     if width < key.shape[-1]:
         value = F.pad(value, (0, key.shape[-1] - width))
-    if positions == key.shape[-2]:
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
-    else:
-        mask = _visible(positions, key.shape[-2], query.device)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, is_causal=visible is None, scale=scale, enable_gqa=grouped)
     return out[..., :width]
-
-
-def _visible(new: int, total: int, device: torch.device) -> Tensor:
-    """bool (T, S): which of all positions each of the last `new` positions may see."""
-    return torch.arange(total, device=device) <= torch.arange(total - new, total, device=device)[:, None]
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -66,35 +58,39 @@ class MultiHeadLatentAttention(nn.Module):
         self.o_proj = nn.Linear(heads * a.v_head_dim, d, bias=False)
         self.scale = 1 / math.sqrt(a.qk_head_dim)
 
-    def forward(self, x: Tensor, table: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """x (B, T, D) -> (B, T, D); with a cache, x holds the positions after the cached ones."""
+    def forward(self, x: Tensor, table: Tensor, cache: LayerCache | None = None, place: Place | None = None) -> Tensor:
+        """x (B, T, D) -> (B, T, D); with a cache, x holds the positions of `place` and attends to what the cache gives back."""
         query_nope, query_rope = self._queries(x, table)
         latent, key_rope = self._latent(x, table)
-        filled = 0
-        if cache is not None:
-            filled = cache.length
-            latent, key_rope = cache.append(latent, key_rope)
-        attend = self.absorbed if filled else self.expanded
-        heads = attend(query_nope, query_rope, latent, key_rope)
+        visible = None
+        if cache is not None and place is not None:
+            latent, key_rope = cache.append(place, latent, key_rope)
+            visible = place.visible
+        attend = self.expanded if visible is None else self.absorbed
+        heads = attend(query_nope, query_rope, latent, key_rope, visible)
         return self.o_proj(heads.transpose(1, 2).flatten(2))
 
-    def expanded(self, query_nope: Tensor, query_rope: Tensor, latent: Tensor, key_rope: Tensor) -> Tensor:
-        """Queries (B, H, T, N) and (B, H, T, R), latent (B, S, C), rotary key (B, S, R) -> (B, H, T, V)."""
+    def expanded(self, query_nope: Tensor, query_rope: Tensor, latent: Tensor, key_rope: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Queries (B, H, T, N) and (B, H, T, R), latent (B, S, C), rotary key (B, S, R) -> (B, H, T, V).
+
+        visible: bool, broadcast to (B, H, T, S); None: T = S, causal.
+        """
         a = self.config
         rebuilt = self.kv_b_proj(latent).unflatten(-1, (a.num_attention_heads, -1)).transpose(1, 2)
         key_nope, value = rebuilt.split((a.qk_nope_head_dim, a.v_head_dim), -1)
         key = torch.cat((key_nope, key_rope[:, None].expand(-1, a.num_attention_heads, -1, -1)), -1)
-        return softmax_attention(torch.cat((query_nope, query_rope), -1), key, value, scale=self.scale)
+        return softmax_attention(torch.cat((query_nope, query_rope), -1), key, value, visible, scale=self.scale)
 
-    def absorbed(self, query_nope: Tensor, query_rope: Tensor, latent: Tensor, key_rope: Tensor) -> Tensor:
+    def absorbed(self, query_nope: Tensor, query_rope: Tensor, latent: Tensor, key_rope: Tensor, visible: Tensor | None = None) -> Tensor:
         """The same values as `expanded`; keys and values are never rebuilt."""
         a = self.config
         weight = self.kv_b_proj.weight.unflatten(0, (a.num_attention_heads, -1))
         up_key, up_value = weight.split((a.qk_nope_head_dim, a.v_head_dim), 1)
         query = torch.einsum("bhtn,hnc->bhtc", query_nope, up_key)
         scores = torch.einsum("bhtc,bsc->bhts", query, latent) + torch.einsum("bhtr,bsr->bhts", query_rope, key_rope)
-        hidden = ~_visible(query.shape[-2], latent.shape[-2], latent.device)
-        probability = (scores * self.scale).masked_fill(hidden, -math.inf).softmax(-1, dtype=at_least_float32(scores).dtype).to(latent.dtype)
+        if visible is None:
+            visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        probability = (scores * self.scale).masked_fill(~visible, -math.inf).softmax(-1, dtype=at_least_float32(scores).dtype).to(latent.dtype)
         return torch.einsum("bhtc,hvc->bhtv", torch.einsum("bhts,bsc->bhtc", probability, latent), up_value)
 
     def _queries(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,7 +103,7 @@ class MultiHeadLatentAttention(nn.Module):
     def _latent(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         a = self.config
         latent, key_rope = self.kv_a_proj_with_mqa(x).split((a.kv_lora_rank, a.qk_rope_head_dim), -1)
-        return self.kv_a_layernorm(latent), rotate(key_rope, table)
+        return self.kv_a_layernorm(latent), rotate(key_rope[:, None], table)[:, 0]
 
 
 class GroupedAttention(nn.Module):
@@ -124,15 +120,17 @@ class GroupedAttention(nn.Module):
         self.o_proj = nn.Linear(a.num_attention_heads * a.v_head_dim, d, bias=False)
         self.scale = 1 / math.sqrt(a.qk_head_dim)
 
-    def forward(self, x: Tensor, table: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """x (B, T, D) -> (B, T, D); with a cache, x holds the positions after the cached ones."""
+    def forward(self, x: Tensor, table: Tensor, cache: LayerCache | None = None, place: Place | None = None) -> Tensor:
+        """x (B, T, D) -> (B, T, D); with a cache, x holds the positions of `place` and attends to what the cache gives back."""
         a = self.config
         query = self._rotated(self.q_proj(x), a.num_attention_heads, table)
         key = self._rotated(self.k_proj(x), a.key_value_heads, table)
         value = self.v_proj(x).unflatten(-1, (a.key_value_heads, -1)).transpose(1, 2)
-        if cache is not None:
-            key, value = cache.append(key, value)
-        return self.o_proj(softmax_attention(query, key, value, scale=self.scale).transpose(1, 2).flatten(2))
+        visible = None
+        if cache is not None and place is not None:
+            key, value = cache.append(place, key, value)
+            visible = place.visible
+        return self.o_proj(softmax_attention(query, key, value, visible, scale=self.scale).transpose(1, 2).flatten(2))
 
     def _rotated(self, x: Tensor, heads: int, table: Tensor) -> Tensor:
         a = self.config

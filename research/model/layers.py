@@ -87,5 +87,8 @@ def rotary_table(positions: Tensor, width: int, theta: float, dtype: torch.dtype
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """RoPE on x (..., T, R): each adjacent pair (x_2i, x_2i+1) is turned as one complex number."""
-    pairs = torch.view_as_complex(at_least_float32(x).unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
+    pairs = at_least_float32(x).unflatten(-1, (-1, 2)).contiguous()
+    if pairs.storage_offset() % 2:
+        # A single row behind an odd width is contiguous as it is, but a complex number cannot begin there.
+        pairs = pairs.clone()
+    return torch.view_as_real(torch.view_as_complex(pairs) * table).flatten(-2).to(x.dtype)

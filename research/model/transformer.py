@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from research.config import ModelConfig
 from research.model.attention import GroupedAttention, MultiHeadLatentAttention
-from research.model.cache import Cache, LayerCache
+from research.model.cache import Cache, LayerCache, Place
 from research.model.layers import FeedForward, RMSNorm, at_least_float32, rotary_table
 from research.model.moe import MoE
 from research.model.router import Routing
@@ -49,10 +49,11 @@ class Block(nn.Module):
         ids: Tensor,
         table: Tensor,
         cache: LayerCache | None,
+        place: Place | None,
         protected_B: Tensor | None,
         chance: torch.Generator | None,
     ) -> tuple[Tensor, Routing | None]:
-        x = x + self.self_attn(self.input_layernorm(x), table, cache)
+        x = x + self.self_attn(self.input_layernorm(x), table, cache, place)
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
             out, routing = self.mlp(normed, ids, protected_B, chance)
@@ -76,20 +77,35 @@ class Transformer(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def forward(self, ids: Tensor, cache: Cache | None = None, protected_B: Tensor | None = None, chance: torch.Generator | None = None) -> Output:
-        """With a cache, `ids` are the positions after the cached ones.  `protected_B` (bool, B) turns token
-        dropping on and marks the sequences spared by it, `chance` is what second experts are drawn with
-        (both for training); None drops nothing."""
-        start = cache.length if cache is not None else 0
+    def forward(
+        self,
+        ids: Tensor,
+        cache: Cache | None = None,
+        protected_B: Tensor | None = None,
+        chance: torch.Generator | None = None,
+        new_B: Tensor | None = None,
+    ) -> Output:
+        """With a cache, `ids` are the positions after those that each sequence has there, of which the first `new_B`
+        (int64, B; None: all) are real and the rest padding, whose logits and routing mean nothing.  Such batches of
+        unequal lengths are for evaluation: padding would take its share of a device's budget.
+
+        `protected_B` (bool, B) turns token dropping on and marks the sequences spared by it, `chance` is what second
+        experts are drawn with (both for training); None drops nothing.  ValueError for more positions than the
+        cache has."""
         a = self.config.attention
-        positions = torch.arange(start, start + ids.shape[1], device=ids.device)
-        table = rotary_table(positions, a.qk_rope_head_dim, a.rope_theta, self.lm_head.weight.dtype)
+        place = None if cache is None else cache.place(ids.shape[1], new_B, ids.device)
+        positions = torch.arange(ids.shape[1], device=ids.device) if place is None else place.positions
+        table = rotary_table(positions.flatten(), a.qk_rope_head_dim, a.rope_theta, self.lm_head.weight.dtype)
+        if place is not None:
+            table = table.unflatten(0, positions.shape)[:, None]  # beside the heads of (B, H, T, R / 2)
         x = self.embed_tokens(ids)
         routings: dict[int, Routing] = {}
         for index, block in enumerate(self.layers):
-            x, routing = block(x, ids, table, cache.layers[index] if cache is not None else None, protected_B, chance)
+            x, routing = block(x, ids, table, cache.layers[index] if cache is not None else None, place, protected_B, chance)
             if routing is not None:
                 routings[index] = routing
+        if cache is not None:
+            cache.advance(ids.shape[1], new_B)
         return Output(self.lm_head(self.norm(x)), routings)
 
     def initialise(self, seed: int) -> "Transformer":

@@ -104,10 +104,20 @@ def models(draw):
 
 
 @settings(max_examples=40, deadline=None)
-@given(models())
-def test_closed_forms_of_random_models(model):
+@given(models(), st.sampled_from(accounting.KV_BITS))
+def test_closed_forms_of_random_models(model, bits):
     with torch.device("meta"):
         built = Transformer(model)
     assert sum(p.numel() for p in built.parameters()) == accounting.total_parameters(model)
     cache = Cache.allocate(model, 2, 5, dtype=torch.bfloat16, device="meta")
     assert cache.allocated_bytes == 2 * 5 * accounting.kv_cache_bytes_per_token(model, bits=16)
+    cache = Cache.allocate(model, 2, 5, dtype=torch.float32, device="cpu", bits=bits)
+    assert cache.allocated_bytes == 2 * 5 * accounting.kv_cache_bytes_per_token_stored(model, bits)
+    assert accounting.kv_cache_bytes_per_token_stored(model, bits) >= accounting.kv_cache_bytes_per_token(model, bits)
+
+
+def test_the_cache_of_deepseek_v2_in_bits():
+    """60 layers of 512 + 64 elements, and 8 bytes of steps and offsets per layer below 16 bits."""
+    model = preset("deepseek-v2")
+    stored = {bits: accounting.kv_cache_bytes_per_token_stored(model, bits) for bits in accounting.KV_BITS}
+    assert stored == {16: 69_120, 8: 35_040, 6: 26_400, 4: 17_760}

@@ -89,6 +89,19 @@ def test_mla_is_the_equations(q_lora_rank):
     torch.testing.assert_close(layer(x[None], table)[0], literal_mla(layer, x), atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("q_lora_rank", [None, 5])
+def test_absorbed_and_expanded_are_one_function(q_lora_rank):
+    """Causal, and with fewer queries than positions that see a ragged part of them."""
+    layer = MultiHeadLatentAttention(small(q_lora_rank=q_lora_rank)).double()
+    torch.manual_seed(1)
+    nope, rope, latent, key = (torch.randn(size, dtype=torch.float64) for size in ((3, 4, 6, 3), (3, 4, 6, 4), (3, 6, 7), (3, 6, 4)))
+    torch.testing.assert_close(layer.absorbed(nope, rope, latent, key), layer.expanded(nope, rope, latent, key), atol=1e-12, rtol=0)
+    visible = torch.rand(3, 1, 2, 6) < 0.5
+    visible[..., 0] = True
+    few = nope[:, :, :2], rope[:, :, :2], latent, key, visible
+    torch.testing.assert_close(layer.absorbed(*few), layer.expanded(*few), atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("kind", ["mla", "mha", "gqa", "mqa"])
 def test_prefill_then_decode_is_the_full_pass(kind):
     model = Transformer(small(kind)).initialise(0)

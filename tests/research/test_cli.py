@@ -27,6 +27,7 @@ def test_describe_says_what_the_paper_says():
     said = json.loads(done.stdout)
     assert said["kv_cache_elements_per_token"] == 34_560
     assert said["kv_cache_bytes_per_token"] == 25_920
+    assert said["kv_cache_bytes_per_token_stored"] == 26_400
     assert round(said["total_parameters"] / 1e9, 3) == 235.741
 
 
@@ -51,6 +52,9 @@ def test_sources_and_licences_are_listed():
         (["train", "deepseek-v2-nano", "--out", "x", "--set", "training.batch=3"], 1, "did you mean 'batch_size'?"),
         (["train", "nowhere.yaml", "--out", "x"], 1, "nowhere.yaml: cannot be read"),
         (["generate", "/nowhere", "--prompt", "a"], 1, "holds no checkpoint"),
+        (["generate", "/nowhere", "--prompts", "/nowhere/prompts.txt"], 1, "--prompts = /nowhere/prompts.txt: cannot be read"),
+        (["generate", "/nowhere", "--prompt", "a", "--kv-bits", "5"], 1, "--kv-bits = 5: no cache has this width; valid: 16, 8, 6, 4"),
+        (["evaluate", "/nowhere"], 1, "holds no checkpoint"),
         (["data", "prepare", "poems"], 1, "no such corpus; valid: quickstart"),
         (["train", "deepseek-v2-nano"], 2, "--out"),
         (["fly"], 2, "fly"),
