@@ -27,14 +27,14 @@ def free_port() -> int:
 
 
 class Head:
-    """`ray start --head` on ports of its own, in a home that has a token already, as after any local Ray."""
+    """`ray start --head` on ports of its own, in a home that has a token already; says it has a GPU, which Ray believes."""
 
     def __init__(self, home: Path, environment: dict[str, str]) -> None:
         self.environment = {**environment, "HOME": str(home), "RAY_USAGE_STATS_ENABLED": "0"}
         self.call("get-auth-token", "--generate")
         self.dashboard = free_port()
         ports = [f"--port={free_port()}", f"--dashboard-port={self.dashboard}", f"--dashboard-agent-listen-port={free_port()}"]
-        command = [*RAY, "start", "--head", "--num-cpus=2", "--block", f"--temp-dir={home / 'ray'}", *ports]
+        command = [*RAY, "start", "--head", "--num-cpus=4", "--num-gpus=1", "--block", f"--temp-dir={home / 'ray'}", *ports]
         self.process = subprocess.Popen(command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
     @property
@@ -114,6 +114,7 @@ def test_the_wrapper_finds_token_commit_and_home_by_itself(head: Head, study: St
     code, output = sweeps.call("submit", path, "--address", head.address, "--wait", timeout=240)
     assert code == 0, output
     assert "finished: " in output, output
+    assert "on 2 workers" in output, "half a GPU each, though there are four cores"
     assert f"MLflow: sqlite:///{sweeps.environment['MOELAB_HOME']}/mlflow.db" in output
     assert sweeps.state()["state"] == "finished"
     about = json.loads((sweeps.root / "runs" / "000-0" / "run.json").read_text())
