@@ -68,7 +68,7 @@ class Transformer(nn.Module):
         start = cache.length if cache is not None else 0
         a = self.config.attention
         positions = torch.arange(start, start + ids.shape[1], device=ids.device)
-        table = rotary_table(positions, a.qk_rope_head_dim, a.rope_theta, self.lm_head.weight.dtype)
+        table = rotary_table(positions, a.qk_rope_head_dim, a.rope_theta, self.lm_head.weight.dtype, a.yarn)
         x = self.embed_tokens(ids)
         routings: dict[int, Routing] = {}
         for index, block in enumerate(self.layers):
