@@ -123,12 +123,11 @@ def _moe_from(read: _Reader, layers: int) -> dict[str, Any] | None:
         return None
     before = len(read.problems)
     experts, chosen, width = (read.integer(key, smallest) for key, smallest in _EXPERT_SIZES.items())
+    sound = len(read.problems) == before
     shared = 0 if "n_shared_experts" in mapping and mapping["n_shared_experts"] is None else read.integer("n_shared_experts", 0)
-    if len(read.problems) > before:
-        return None
-    if chosen > experts:
+    if sound and chosen > experts:
         read.refuse("num_experts_per_tok", f"at most n_routed_experts ({experts})")
-    devices, limit = _groups_from(read, experts, chosen)
+    devices, limit = _groups_from(read, experts, chosen, sound)
     return {
         "n_routed_experts": experts,
         "num_experts_per_tok": chosen,
@@ -146,8 +145,8 @@ def _moe_from(read: _Reader, layers: int) -> dict[str, Any] | None:
     }
 
 
-def _groups_from(read: _Reader, experts: int, chosen: int) -> tuple[int, int | None]:
-    """expert_devices and device_limit."""
+def _groups_from(read: _Reader, experts: int, chosen: int, sound: bool) -> tuple[int, int | None]:
+    """expert_devices and device_limit; only where the numbers of experts are `sound` are they compared with the groups."""
     method = read.mapping.get("topk_method", "greedy")
     if method == "greedy":
         groups = read.mapping.get("n_group")
@@ -156,11 +155,10 @@ def _groups_from(read: _Reader, experts: int, chosen: int) -> tuple[int, int | N
         read.refuse("topk_method", "'greedy' or 'group_limited_greedy'")
         return 1, None
     groups = read.integer("n_group", 1)
-    if experts % groups:
-        read.refuse("n_group", f"a divisor of n_routed_experts ({experts})")
-        return 1, None
     limit = read.integer("topk_group", 1, largest=groups)
-    if limit * (experts // groups) < chosen <= experts:
+    if sound and experts % groups:
+        read.refuse("n_group", f"a divisor of n_routed_experts ({experts})")
+    elif sound and limit * (experts // groups) < chosen <= experts:
         read.refuse(
             "num_experts_per_tok", f"at most {limit * (experts // groups)}, the experts of topk_group ({limit}) groups of {experts // groups}"
         )
