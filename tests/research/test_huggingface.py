@@ -1,102 +1,26 @@
-"""The model against Hugging Face's DeepseekV2ForCausalLM: same weights, same logits, same gradients; and folders there and back."""
+"""The model against Hugging Face's DeepseekV2ForCausalLM: same weights, same logits, same gradients; names and values, there and back."""
 
-import dataclasses
 import importlib
 import inspect
 import itertools
-import json
-import math
 import re
 import textwrap
-import warnings
 from contextlib import contextmanager
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV2Config, DeepseekV2ForCausalLM, modeling_rope_utils
+from odd_models import YARN, its_twin, random_model, small
+from transformers import DeepseekV2Config, modeling_rope_utils
 
-from research.config import AttentionConfig, BalanceConfig, DataConfig, ModelConfig, MoEConfig, RunConfig, TrainingConfig, YarnConfig
-from research.data.tokenizer import train_tokenizer
-from research.errors import CheckpointError, ConfigError, UserError
-from research.exchange import export_run, import_run, run_tokenizer
-from research.model.attention import softmax_scale
-from research.model.cache import Cache
-from research.model.generation import generate
+from research.config import AttentionConfig, ModelConfig, YarnConfig
+from research.errors import CheckpointError, ConfigError
 from research.model.huggingface import config_from_hf, config_to_hf, load_hf_state_dict, to_hf_state_dict
-from research.model.layers import rotary_frequencies, rotary_table
 from research.model.transformer import Transformer, language_loss
 from research.presets import preset
-from research.training.checkpoint import Resumed, load_model, save
 
 reference = importlib.import_module("transformers.models.deepseek_v2.modeling_deepseek_v2")
-YARN = YarnConfig(factor=6.0, original_max_position_embeddings=32, beta_fast=4.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=0.707)
-
-
-def small(*, q=9, limit=None, dense=1, shared=1, scaling=1.0, yarn=None, tied=False, vocab=41, **sizes):
-    """Three layers of sizes that are no powers of two; `sizes` overrides them.
-
-    Unpatched, the reference views slices as complex numbers where they lie: nope width and latent must be even there.
-    """
-    s = {"heads": 3, "head": 7, "latent": 10, "nope": 6, "rope": 8, "value": 5, "experts": 9, "devices": 3, "chosen": 3, "width": 7} | sizes
-    return ModelConfig(
-        vocab_size=vocab,
-        hidden_size=s["heads"] * s["head"],
-        num_hidden_layers=3,
-        intermediate_size=17,
-        tie_word_embeddings=tied,
-        attention=AttentionConfig(
-            num_attention_heads=s["heads"],
-            q_lora_rank=q,
-            kv_lora_rank=s["latent"],
-            qk_nope_head_dim=s["nope"],
-            qk_rope_head_dim=s["rope"],
-            v_head_dim=s["value"],
-            rope_theta=100.0,
-            yarn=yarn,
-        ),
-        moe=MoEConfig(
-            n_routed_experts=s["experts"],
-            num_experts_per_tok=s["chosen"],
-            moe_intermediate_size=s["width"],
-            n_shared_experts=shared,
-            first_k_dense_replace=dense,
-            routed_scaling_factor=scaling,
-            expert_devices=s["devices"],
-            device_limit=limit,
-            balance=BalanceConfig(expert=0.001, device=0.0, communication=0.0),
-        ),
-    )
-
-
-def random_model(config, dtype=torch.float32, seed=0):
-    """Activations of order one whatever the sizes, logits somewhat less; gains away from 1; gates wide enough that no two experts tie.
-
-    The experts' outputs are smaller, as a routed_scaling_factor of 16 is meant for 160 of them: over 9 it would make
-    a few tokens so ill-conditioned that either implementation is 1e-5 away from its own float64 values.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    model = Transformer(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim == 1:
-                parameter.copy_(1 + 0.2 * noise)
-            else:
-                width = {"gate": 2.0, "lm_head": 0.5, "embed_tokens": 0.5, "experts": 0.35}.get(name.split(".")[-2], 1.0)
-                parameter.copy_(noise * width / math.sqrt(parameter.shape[-1]))
-    return model.to(dtype)
-
-
-def its_twin(model):
-    """The reference with the same weights.  Its eager experts know odd widths, as its grouped product does not."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # n_shared_experts 0: it builds a shared MLP of width 0
-        twin = DeepseekV2ForCausalLM(DeepseekV2Config(**config_to_hf(model.config), experts_implementation="eager"))
-    twin = twin.to(model.lm_head.weight.dtype)
-    twin.load_state_dict(to_hf_state_dict(model), strict=True)
-    return twin.train()
 
 
 def gradients_under_its_names(model):
@@ -220,81 +144,6 @@ def test_with_the_casts_lifted_they_agree_to_float64(config, seed, length):
     assert gradients <= 1e-9
 
 
-YARNS = [
-    (YarnConfig(factor=40.0), 64, 10000.0),
-    (YarnConfig(factor=40.0, mscale=1.0, mscale_all_dim=1.0), 64, 10000.0),
-    (YARN, 8, 100.0),
-    (YarnConfig(factor=2.5, original_max_position_embeddings=7, beta_fast=3.0, beta_slow=0.1, mscale=0.3, mscale_all_dim=1.3), 6, 50.0),
-    (YarnConfig(factor=1.0, original_max_position_embeddings=4, mscale=0.5), 10, 500000.0),
-]
-
-
-@pytest.mark.parametrize(("yarn", "width", "theta"), YARNS)
-def test_yarn_is_the_reference_s(yarn, width, theta):
-    config = small(yarn=yarn, rope=width)
-    mapping = config_to_hf(config) | {"rope_theta": theta}
-    inverse, length = modeling_rope_utils._compute_yarn_parameters(DeepseekV2Config(**mapping))
-    torch.testing.assert_close(rotary_frequencies(width, theta, yarn).float(), inverse, rtol=2e-6, atol=0)
-    assert float(rotary_table(torch.arange(3), width, theta, torch.float64, yarn).abs()[0, 0]) == pytest.approx(length, rel=1e-12)
-    plain = config.attention.qk_head_dim**-0.5
-    assert softmax_scale(config.attention) == pytest.approx(reference.yarn_apply_mscale(mapping["rope_scaling"] | {"rope_type": "yarn"}, plain))
-
-
-@pytest.mark.parametrize(("yarn", "width", "theta"), YARNS)
-def test_yarn_is_its_formulas(yarn, width, theta):
-    """Pair by pair: how far between `beta_fast` turns over the original length and `beta_slow` turns is it?"""
-
-    def pair(turns):  # the i of turns = L theta^(-2i / R) / (2 pi)
-        return math.log(yarn.original_max_position_embeddings / (2 * math.pi * turns)) / math.log(theta) * width / 2
-
-    first, last = max(math.floor(pair(yarn.beta_fast)), 0), min(math.ceil(pair(yarn.beta_slow)), width - 1)
-    if first == last:
-        last += 0.001
-    wanted = []
-    for i in range(width // 2):
-        ramp = min(max((i - first) / (last - first), 0.0), 1.0)
-        own = theta ** (-2 * i / width)
-        wanted.append((1 - ramp) * own + ramp * own / yarn.factor)
-    torch.testing.assert_close(rotary_frequencies(width, theta, yarn), torch.tensor(wanted, dtype=torch.float64), rtol=1e-13, atol=0)
-
-
-def test_the_paper_s_numbers_of_yarn():
-    """V2 section 3.1.4: sqrt(t) = 0.0707 ln s + 1, 1.2608 at s = 40."""
-    assert round(YarnConfig(factor=40.0).logit_scale, 4) == 1.5896
-    frequencies, plain = rotary_frequencies(64, 10000.0, YarnConfig(factor=40.0)), rotary_frequencies(64, 10000.0)
-    assert torch.equal(frequencies[:11], plain[:11])
-    torch.testing.assert_close(frequencies[23:] * 40, plain[23:], rtol=1e-14, atol=0)
-
-
-@pytest.mark.parametrize("kind", ["mla", "mha", "gqa", "mqa"])
-def test_with_yarn_prefill_then_decode_is_the_full_pass_in_every_kind(kind):
-    base = small(yarn=YARN)
-    a = AttentionConfig(
-        kind=kind, num_attention_heads=4, num_key_value_heads=2, kv_lora_rank=7, qk_nope_head_dim=3, qk_rope_head_dim=4, v_head_dim=5, yarn=YARN
-    )
-    config = ModelConfig(vocab_size=41, hidden_size=12, num_hidden_layers=2, intermediate_size=9, attention=a, moe=base.moe)
-    model = random_model(config, torch.float64)
-    ids = torch.randint(0, 41, (2, 19), generator=torch.Generator().manual_seed(1))
-    cache = Cache.allocate(config, 2, 19, dtype=torch.float64, device="cpu")
-    with torch.no_grad():
-        full = model(ids).logits
-        pieces = torch.cat([model(piece, cache).logits for piece in ids.split((7, 1, 3, 8), 1)], 1)
-    torch.testing.assert_close(pieces, full, atol=1e-12, rtol=1e-12)
-    plain = AttentionConfig(kind=kind, num_attention_heads=4, num_key_value_heads=2, qk_nope_head_dim=3, qk_rope_head_dim=4)
-    assert model.layers[0].self_attn.scale == pytest.approx(softmax_scale(plain) * (0.0707 * math.log(6) + 1) ** 2)
-
-
-def test_decoding_is_the_reference_s_full_pass_with_yarn():
-    model = random_model(small(yarn=YARN, limit=2))
-    twin, prompt = its_twin(model).eval(), torch.tensor([[5, 3, 17, 29], [1, 2, 40, 0]])
-    produced = torch.stack(list(generate(model, prompt, 9)), 1)
-    said = twin.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=9, do_sample=False)
-    assert torch.equal(said[:, 4:], produced)
-
-
-# --- names --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("per_expert", [False, True])
 @pytest.mark.parametrize("config", [small(), small(shared=0), small(tied=True), small(dense=3), small(q=None, shared=2)])
 def test_weights_go_there_and_back(config, per_expert):
@@ -402,81 +251,3 @@ def test_what_the_architecture_cannot_say_is_refused():
     with pytest.raises(ConfigError) as caught:
         config_to_hf(ModelConfig(vocab_size=9, hidden_size=10, num_hidden_layers=1, intermediate_size=4, attention=a))
     assert [problem.split(" = ")[0] for problem in caught.value.problems] == ["attention.kind", "hidden_size", "attention.yarn: mscale"]
-
-
-# --- folders ------------------------------------------------------------------------------------------------------
-
-TEXT = "The quick brown fox, 1234 times.\n\ndef f(x):\n    return x\n"
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer({"en": [TEXT * 3]}, 280, 1.0)
-
-
-def saved_run(folder, tokenizer, model_config):
-    config = RunConfig(model=model_config, data=DataConfig(tokenizer_vocab_size=280, sequence_length=48), training=TrainingConfig(train_tokens=1))
-    model = random_model(config.model)
-    save(folder / "checkpoint", model, torch.optim.AdamW(model.parameters()), config, Resumed(step=1, seconds=0.0, metrics={}, snapshots={}))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return model
-
-
-@pytest.mark.parametrize(
-    "config", [small(vocab=283, yarn=YARN, limit=2), small(vocab=283, tied=True, shared=0, q=None), dataclasses.replace(small(vocab=283), moe=None)]
-)
-def test_export_is_loaded_by_transformers_and_imported_again(tmp_path, tokenizer, config):
-    model = saved_run(tmp_path / "run", tokenizer, config)
-    hf, again, ids = tmp_path / "hf", tmp_path / "again", torch.randint(0, 283, (2, 40), generator=torch.Generator().manual_seed(2))
-    export_run(tmp_path / "run", hf)
-    twin, info = AutoModelForCausalLM.from_pretrained(hf, output_loading_info=True, experts_implementation="eager")
-    assert isinstance(twin, DeepseekV2ForCausalLM)
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    with torch.no_grad():
-        wanted = model(ids).logits
-        torch.testing.assert_close(twin(ids).logits, wanted, atol=1e-5, rtol=0)
-    theirs = AutoTokenizer.from_pretrained(hf)
-    assert theirs(TEXT)["input_ids"] == tokenizer.encode(TEXT).ids
-    assert theirs.decode(theirs(TEXT)["input_ids"]) == TEXT
-    assert theirs.eos_token_id == twin.generation_config.eos_token_id == tokenizer.token_to_id("<|endoftext|>")
-    import_run(hf, again)
-    back, run = load_model(again)
-    assert torch.equal(back(ids).logits, wanted)
-    assert run_tokenizer(again, run).to_str() == run_tokenizer(again / "checkpoint", run).to_str() == tokenizer.to_str()
-    export_run(again, tmp_path / "hf2")
-    for file in hf.iterdir():
-        assert file.read_bytes() == (tmp_path / "hf2" / file.name).read_bytes(), file.name
-    twin.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
-    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
-    import_run(tmp_path / "shards", tmp_path / "third")
-    assert torch.equal(load_model(tmp_path / "third")[0](ids).logits, wanted)
-    with pytest.raises(CheckpointError, match=r"put the model's tokenizer\.json there"):
-        run_tokenizer(tmp_path / "third", load_model(tmp_path / "third")[1])
-
-
-def test_a_folder_is_made_whole_or_not_at_all(tmp_path, tokenizer):
-    saved_run(tmp_path / "run", tokenizer, small(vocab=283))
-    taken = tmp_path / "taken"
-    taken.mkdir()
-    export_run(tmp_path / "run", taken)  # an empty folder is as good as none
-    for call in (lambda: export_run(tmp_path / "run", taken), lambda: import_run(taken, tmp_path / "run")):
-        with pytest.raises(UserError, match="is there already and not an empty folder"):
-            call()
-    broken = json.loads((taken / "config.json").read_text())
-    (taken / "config.json").write_text(json.dumps(broken | {"hidden_size": 24}))
-    with pytest.raises(CheckpointError) as caught:
-        import_run(taken, tmp_path / "new")
-    assert len(caught.value.problems) > 10
-    (taken / "config.json").write_text(json.dumps(broken | {"vocab_size": 100}))
-    with pytest.raises(ConfigError, match=r"has 280 tokens, more than vocab_size \(100\)"):
-        import_run(taken, tmp_path / "new")
-    (taken / "config.json").write_text(json.dumps(broken))
-    (taken / "model.safetensors").write_bytes(b"no")
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read"):
-        import_run(taken, tmp_path / "new")
-    (taken / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="holds no weights"):
-        import_run(taken, tmp_path / "new")
-    with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
-        import_run(tmp_path, tmp_path / "new")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "taken"]
