@@ -218,6 +218,32 @@ def evaluate(
     Console().print(table)
 
 
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run's directory, with its checkpoint")],
+    hf: Annotated[Path, typer.Option("--hf", metavar="DIR", help="The folder to make; nothing may be in it")],
+) -> None:
+    """Write a trained model as Hugging Face's from_pretrained reads it.  Example: python -m research export /tmp/nano --hf /tmp/nano-hf"""
+    from research.exchange import export_run  # noqa: PLC0415
+
+    export_run(run, hf)
+    print(f"{hf}: config.json, model.safetensors, tokenizer.json")
+
+
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A folder with config.json (model_type deepseek_v2) and *.safetensors")],
+    out: Annotated[Path, typer.Option(metavar="RUN_DIR", help="The run's directory to make; nothing may be in it")],
+) -> None:
+    """Make a run, to generate from, of a Hugging Face folder.  Example: python -m research import /tmp/nano-hf --out /tmp/nano-again"""
+    from research.exchange import import_run  # noqa: PLC0415
+
+    config = import_run(folder, out)
+    print(f"{out}: {accounting.total_parameters(config.model):,} parameters")
+    if not (out / "tokenizer.json").exists():
+        print(f"{folder} has no tokenizer.json: put one into {out} before you generate from it")
+
+
 SHOWN = ("train/loss", "validation/bits_per_byte", "train/tokens_per_second")
 
 

@@ -96,6 +96,8 @@ class AttentionConfig:
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be > 0")
         _require(self.q_lora_rank is None or self.q_lora_rank > 0, f"q_lora_rank={self.q_lora_rank} must be > 0 or null")
         _require(self.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim={self.qk_rope_head_dim} must be even: rotations act on pairs")
+        _require(self.rope_theta > 0, f"rope_theta={self.rope_theta} must be > 0")
+        _require(self.yarn is None or self.rope_theta > 1, f"rope_theta={self.rope_theta} must be > 1 with yarn, which divides by its logarithm")
         if self.kind == "gqa":
             groups = self.num_key_value_heads
             _require(groups is not None, "kind=gqa needs num_key_value_heads")

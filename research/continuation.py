@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from research.data.prepare import prepare
 from research.errors import UserError
+from research.exchange import run_tokenizer
 from research.model.generation import generate
 from research.training.checkpoint import load_model
 
@@ -60,7 +60,7 @@ def go_on(run: Path, prompts: Sequence[str], sampling: Sampling, show: Callable[
     CheckpointError for a directory without a model.
     """
     model, config = load_model(run)
-    tokenizer = prepare(config.data).tokenizer()
+    tokenizer = run_tokenizer(run, config)
     encoded = [tokenizer.encode(prompt).ids for prompt in prompts]
     show(prompts[0])
     steps = generate(

@@ -19,6 +19,14 @@ from research.model.cache import LayerCache, Place
 from research.model.layers import RMSNorm, at_least_float32, rotate
 
 
+def softmax_scale(config: AttentionConfig) -> float:
+    """1 / sqrt(N + R), and with YaRN t times as much (V2 section 3.1.4).
+
+    As in the released code t multiplies the whole logit, not its rotary half alone.
+    """
+    return (config.yarn.logit_scale if config.yarn is not None else 1.0) / math.sqrt(config.qk_head_dim)
+
+
 def softmax_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None, *, scale: float) -> Tensor:
     """Causal attention: query (B, H, T, a), key (B, H or groups, S, a), value (B, H or groups, S, V) -> (B, H, T, V).
 
@@ -37,7 +45,7 @@ def softmax_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor
 class MultiHeadLatentAttention(nn.Module):
     """u_t = W^O [o_t1; ...; o_tH], with keys and values rebuilt from one latent c^KV per position.
 
-    Scores are scaled by 1 / sqrt(N + R).  Both latents pass an RMSNorm (V2 section 3.1.2).  One
+    Scores are scaled by `softmax_scale`.  Both latents pass an RMSNorm (V2 section 3.1.2).  One
     rotary key k^R is shared by all heads.  Parameter names are those of the published checkpoints.
     """
 
@@ -56,7 +64,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_a_layernorm = RMSNorm(a.kv_lora_rank)
         self.kv_b_proj = nn.Linear(a.kv_lora_rank, heads * (a.qk_nope_head_dim + a.v_head_dim), bias=False)
         self.o_proj = nn.Linear(heads * a.v_head_dim, d, bias=False)
-        self.scale = 1 / math.sqrt(a.qk_head_dim)
+        self.scale = softmax_scale(a)
 
     def forward(self, x: Tensor, table: Tensor, cache: LayerCache | None = None, place: Place | None = None) -> Tensor:
         """x (B, T, D) -> (B, T, D); with a cache, x holds the positions of `place` and attends to what the cache gives back."""
@@ -118,7 +126,7 @@ class GroupedAttention(nn.Module):
         self.k_proj = nn.Linear(d, groups * a.qk_head_dim, bias=False)
         self.v_proj = nn.Linear(d, groups * a.v_head_dim, bias=False)
         self.o_proj = nn.Linear(a.num_attention_heads * a.v_head_dim, d, bias=False)
-        self.scale = 1 / math.sqrt(a.qk_head_dim)
+        self.scale = softmax_scale(a)
 
     def forward(self, x: Tensor, table: Tensor, cache: LayerCache | None = None, place: Place | None = None) -> Tensor:
         """x (B, T, D) -> (B, T, D); with a cache, x holds the positions of `place` and attends to what the cache gives back."""

@@ -1,5 +1,6 @@
 """The small parts: normalisation, the gated FFN, rotary position embedding."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from research.config import Activation
+from research.config import Activation, YarnConfig
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -74,15 +75,38 @@ class FeedForward(nn.Module):
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
-def rotary_table(positions: Tensor, width: int, theta: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """e^(i angle), complex (T, R / 2), of `positions` (T,): pair i turns by position * theta^(-2i / R).
+def rotary_frequencies(width: int, theta: float, yarn: YarnConfig | None = None, device: torch.device | str = "cpu") -> Tensor:
+    """Radians per position of each rotary pair, float64 (R / 2,): theta^(-2i / R).
+
+    YaRN (V2 section 3.1.4) divides those of slow pairs by its factor.  Pair i turns L theta^(-2i / R) / (2 pi)
+    times over the original length L: up to the last whole i that turns beta_fast times it is left alone, from the
+    first that turns beta_slow times it is divided wholly, and in between the two are mixed along a straight line.
+    """
+    frequencies = theta ** (-torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
+    if yarn is None:
+        return frequencies
+
+    def pair_turning(times: float) -> float:
+        return width * math.log(yarn.original_max_position_embeddings / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_turning(yarn.beta_fast)), 0)
+    # The bound is R - 1, although there are only R / 2 pairs: so it is in the released code.
+    high = min(math.ceil(pair_turning(yarn.beta_slow)), width - 1)
+    pairs = torch.arange(width // 2, dtype=torch.float64, device=device)
+    stretched = ((pairs - low) / (high - low if high != low else 0.001)).clamp(0, 1)
+    return frequencies * (1 - stretched) + frequencies / yarn.factor * stretched
+
+
+def rotary_table(positions: Tensor, width: int, theta: float, dtype: torch.dtype = torch.float32, yarn: YarnConfig | None = None) -> Tensor:
+    """e^(i angle), complex (T, R / 2), of `positions` (T,): pair i turns by position * its frequency, and is
+    lengthened by YaRN's `rotary_scale`, 1 as published.
 
     The angle is taken in float64, so that distant positions keep their precision; the table is complex64,
     or complex128 for a `dtype` of float64.
     """
-    frequencies = theta ** (-torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width)
-    angles = positions.to(torch.float64)[:, None] * frequencies
-    return torch.polar(torch.ones_like(angles), angles).to(torch.complex128 if dtype == torch.float64 else torch.complex64)
+    angles = positions.to(torch.float64)[:, None] * rotary_frequencies(width, theta, yarn, positions.device)
+    length = torch.full_like(angles, yarn.rotary_scale if yarn is not None else 1.0)
+    return torch.polar(length, angles).to(torch.complex128 if dtype == torch.float64 else torch.complex64)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:

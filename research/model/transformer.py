@@ -95,7 +95,7 @@ class Transformer(nn.Module):
         a = self.config.attention
         place = None if cache is None else cache.place(ids.shape[1], new_B, ids.device)
         positions = torch.arange(ids.shape[1], device=ids.device) if place is None else place.positions
-        table = rotary_table(positions.flatten(), a.qk_rope_head_dim, a.rope_theta, self.lm_head.weight.dtype)
+        table = rotary_table(positions.flatten(), a.qk_rope_head_dim, a.rope_theta, self.lm_head.weight.dtype, a.yarn)
         if place is not None:
             table = table.unflatten(0, positions.shape)[:, None]  # beside the heads of (B, H, T, R / 2)
         x = self.embed_tokens(ids)

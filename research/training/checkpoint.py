@@ -40,7 +40,7 @@ def save(directory: Path, model: Transformer, optimizer: torch.optim.AdamW, conf
     new, old = directory.with_name(directory.name + ".new"), directory.with_name(directory.name + ".old")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, new / "model.safetensors")
+    save_weights(model, new / "model.safetensors")
     save_file(_optimizer_tensors(model, optimizer), new / "optimizer.safetensors")
     save_arrays({str(step): ids for step, ids in state.snapshots.items()}, new / "snapshots.safetensors")
     about = {
@@ -60,6 +60,14 @@ def save(directory: Path, model: Transformer, optimizer: torch.optim.AdamW, conf
         directory.rename(old)
     new.rename(directory)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def save_weights(model: Transformer, file: Path) -> None:
+    """The model's tensors under its own names.  A tied head is written as a copy: the format holds no tensor under two names."""
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        weights["lm_head.weight"] = weights["lm_head.weight"].clone()
+    save_file(weights, file)
 
 
 def load(directory: Path, model: Transformer, optimizer: torch.optim.AdamW, config: RunConfig) -> Resumed | None:
