@@ -45,6 +45,7 @@ def markdown(record: StudyRecord, figures: Sequence[Figure], missing: Sequence[s
         "\n".join(f"- Not shown. {sentence}" for sentence in missing),
         "## Set-up",
         _setup(record, base),
+        _text_table(record),
         "## What did not finish",
         _failures(record),
         "## Provenance",
@@ -234,6 +235,25 @@ def _failures(record: StudyRecord) -> str:
     return "\n".join(rows) or "Nothing: every planned run finished."
 
 
+def _data(record: StudyRecord) -> str:
+    if not record.data:
+        return "not recorded"
+    hashes = record.data["identity"].get("archives") or record.data["identity"].get("files")
+    listed = f"; SHA-256 {', '.join(f'{name} `{value[:12]}`' for name, value in sorted(hashes.items()))}" if isinstance(hashes, dict) else ""
+    return f"`{record.data['data_id']}`, corpus `{record.data['corpus']}`{listed}. Sources and licences: `python -m research data list`"
+
+
+def _text_table(record: StudyRecord) -> str:
+    """How much text of each domain there was."""
+    if not record.data:
+        return ""
+    keys = ("train_bytes", "train_tokens", "heldout_bytes", "heldout_tokens")
+    rows = [[domain, *(f"{sizes[key]:,}" for key in keys)] for domain, sizes in record.data["domains"].items()]
+    return "Text, of which a run sees its budget's share:\n\n" + _table(
+        ["domain", "training bytes", "training tokens", "held-out bytes", "held-out tokens"], rows
+    )
+
+
 def _provenance(record: StudyRecord) -> str:
     commits = sorted({run.commit for run in record.runs})
     versions = ", ".join(f"{name} {value}" for name, value in sorted(record.state.get("versions", {}).items()))
@@ -244,7 +264,7 @@ def _provenance(record: StudyRecord) -> str:
         f"- Versions: {versions or 'not recorded'}",
         f"- Trained on: {'; '.join(devices) or 'not recorded'}",
         f"- Configuration ids: {ids}",
-        "- Data: sources, hashes and licences: `python -m research data list`",
+        f"- Data: {_data(record)}",
         f"- Reproduce: `python -m sweeps run {schema.STUDY_FILE}` with the file of this name beside the report, then `python -m reports build {record.study['name']}`",
     ]
     return "\n".join(lines)

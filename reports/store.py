@@ -50,6 +50,7 @@ class StudyRecord:
     root: Path
     study: dict[str, Any]
     state: dict[str, Any]
+    data: dict[str, Any]
     runs: tuple[Run, ...]
 
     @property
@@ -67,7 +68,13 @@ def load(root: Path) -> StudyRecord:
         raise UserError(f"{root}: is no study's root (expected {schema.STUDY_FILE} and {schema.RUNS_DIRECTORY}/ in it)")
     study = yaml.safe_load((root / schema.STUDY_FILE).read_text(encoding="utf-8"))
     folders = sorted(path.parent for path in (root / schema.RUNS_DIRECTORY).glob(f"*/{schema.RUN_FILE}"))
-    return StudyRecord(root=root, study=study, state=_json(root / schema.STATE_FILE), runs=tuple(_run(folder) for folder in folders))
+    return StudyRecord(
+        root=root,
+        study=study,
+        state=_json(root / schema.STATE_FILE),
+        data=_json(root / schema.DATA_FILE),
+        runs=tuple(_run(folder) for folder in folders),
+    )
 
 
 def _run(folder: Path) -> Run:

@@ -79,10 +79,12 @@ class Driver:
             self._same_study()
             self.search = Search(self.study, self.root)
             self.tracker = Tracker(self.study, self.root, self.commit)
-            if not (self.search.left or self.queue):
+            todo = self.search.left or bool(self.queue)
+            if todo or not (self.root / schema.DATA_FILE).exists():
+                self._prepare()
+            if not todo:
                 self.announce("every run has ended already")
                 return self._end()
-            prepare(self.study.run_config(self.study.baseline, self.study.seeds[0]).data, self.announce)
             executor = self.make_executor(self.study, self.search.total * len(self.study.seeds))
             previous = self._take_signals()
             try:
@@ -91,6 +93,14 @@ class Driver:
                 executor.close()
                 for number, handler in previous.items():
                     signal.signal(number, handler)
+
+    def _prepare(self) -> None:
+        """The text that all runs share, made before any worker needs it, and what it is written down."""
+        config = self.study.run_config(self.study.baseline, self.study.seeds[0]).data
+        data = prepare(config, self.announce)
+        about = {"schema": schema.SCHEMA_VERSION, "data_id": data.data_id, "corpus": config.corpus}
+        about |= {key: data.manifest[key] for key in ("vocab_size", "domains", "identity", "split")}
+        write_text(self.root / schema.DATA_FILE, json.dumps(about, indent=1, ensure_ascii=False))
 
     def _loop(self, executor: Executor) -> str:
         self.announce(f"{self.search.total} variants x {len(self.study.seeds)} seeds on {executor.workers} workers; root {self.root}")

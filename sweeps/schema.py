@@ -5,6 +5,7 @@ A study's root directory holds
     study.yaml            the study as it was run, with everything resolved
     study.journal         Optuna's storage
     state.json            progress of the study, rewritten atomically
+    data.json             DATA_KEYS: the prepared text that all runs share
     runs/<run>/           one directory per (variant, seed), <run> = "<trial>-<seed>"
         run.json          RUN_KEYS: what the run is
         config.json       the resolved research.config.RunConfig
@@ -25,6 +26,7 @@ SCHEMA_VERSION: Final = 1
 STUDY_FILE: Final = "study.yaml"
 JOURNAL_FILE: Final = "study.journal"
 STATE_FILE: Final = "state.json"
+DATA_FILE: Final = "data.json"
 RUNS_DIRECTORY: Final = "runs"
 REPORT_DIRECTORY: Final = "report"
 
@@ -42,6 +44,10 @@ readable label of them, the same for all seeds; `baseline` is true for the study
 
 SUMMARY_KEYS: Final = ("schema", "state", "reason", "steps", "tokens", "seconds", "attempts", "metrics", "versions", "device")
 """`state` is one of STATES, `reason` a sentence or null, `metrics` the final value of each metric."""
+
+DATA_KEYS: Final = ("schema", "data_id", "corpus", "vocab_size", "domains", "identity", "split")
+"""`domains` maps each domain to its sizes in bytes, tokens and blocks; `identity` holds what the text depends on: the archives'
+SHA-256, or that of each of the user's files; `data_id` is a hash of it and of how it was prepared."""
 
 FINISHED: Final = "finished"
 DIVERGED: Final = "diverged"

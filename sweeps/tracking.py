@@ -61,7 +61,9 @@ class Tracker:
             self._open()
             self._client.set_tag(self._parent, "mlflow.note.content", note)
             self._client.set_tag(self._parent, schema.TAG_STATE, state)
-            self._client.log_artifact(self._parent, str(self.root / schema.STUDY_FILE))
+            for name in (schema.STUDY_FILE, schema.DATA_FILE):
+                if (self.root / name).exists():
+                    self._client.log_artifact(self._parent, str(self.root / name))
             status = "KILLED" if state == schema.STOPPED else "FINISHED" if state == "finished" else "FAILED"
             self._client.set_terminated(self._parent, status)
         except Exception as error:

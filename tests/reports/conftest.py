@@ -51,6 +51,10 @@ def write_store():
             "versions": {"torch": "1"},
         }
         (root / schema.STATE_FILE).write_text(json.dumps(about))
+        sizes = {"train_bytes": 9000, "train_tokens": 4000, "heldout_bytes": 900, "heldout_tokens": 400}
+        data = {"schema": 1, "data_id": "d1", "corpus": "quickstart", "vocab_size": 264, "domains": {"en": sizes},
+                "identity": {"archives": {"tinytext": "0123456789abcdef"}}, "split": "by hash"}  # fmt: skip
+        (root / schema.DATA_FILE).write_text(json.dumps(data))
         return root
 
     return write

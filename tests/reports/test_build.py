@@ -96,6 +96,8 @@ def test_the_page_says_everything_and_is_the_same_when_built_again(write_store, 
         "Nothing: every planned run finished",
         "`id00` (000-0)",
         "differ only in the searched",
+        "`d1`, corpus `quickstart`; SHA-256 tinytext `0123456789ab`",
+        "| en | 9,000 | 4,000 | 900 | 400 |",
     ):
         assert words in text
     for picture in re.findall(r"\]\((figures/.*?\.png)\)", text):

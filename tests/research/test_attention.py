@@ -1,12 +1,15 @@
 """Attention against the equations written out, and its forms against each other."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from research.config import AttentionConfig, ModelConfig
-from research.model.attention import MultiHeadLatentAttention
+from research.config import AttentionConfig, ModelConfig, YarnConfig
+from research.model.attention import GroupedAttention, MultiHeadLatentAttention
 from research.model.cache import Cache
 from research.model.generation import generate
 from research.model.layers import rotary_table
@@ -34,59 +37,126 @@ def small(kind="mla", q_lora_rank=5):
     )
 
 
+def turned(v, position, a):
+    """RoPE on one vector, pair by pair; with YaRN slow pairs turn `factor` times slower (V2 section 3.1.4)."""
+    out = v.clone()
+    for i in range(len(v) // 2):
+        angle = position * a.rope_theta ** (-2 * i / len(v))
+        length = 1.0
+        if a.yarn is not None:
+            angle *= 1 - stretched(i, len(v), a) * (1 - 1 / a.yarn.factor)
+            length = (0.1 * a.yarn.mscale * math.log(a.yarn.factor) + 1) / (0.1 * a.yarn.mscale_all_dim * math.log(a.yarn.factor) + 1)
+        re, im = v[2 * i], v[2 * i + 1]
+        out[2 * i] = length * (re * math.cos(angle) - im * math.sin(angle))
+        out[2 * i + 1] = length * (re * math.sin(angle) + im * math.cos(angle))
+    return out
+
+
+def stretched(i, width, a):
+    """0 for pairs that turn beta_fast times over the original length, 1 for those that turn beta_slow times, straight between."""
+    ends = [
+        width * math.log(a.yarn.original_max_position_embeddings / (2 * math.pi * turns)) / (2 * math.log(a.rope_theta))
+        for turns in (a.yarn.beta_fast, a.yarn.beta_slow)
+    ]
+    low, high = max(math.floor(ends[0]), 0), min(math.ceil(ends[1]), width - 1)
+    return min(max((i - low) / ((high - low) or 0.001), 0.0), 1.0)
+
+
+def one_head(queries, keys, values, a):
+    """softmax_j<=t(q_t . k_j / sqrt(N + R)) v_j, one pair of positions at a time; YaRN lengthens the logits by t."""
+    scale = (0.1 * a.yarn.mscale_all_dim * math.log(a.yarn.factor) + 1) ** 2 if a.yarn is not None else 1.0
+    rows = []
+    for t in range(len(queries)):
+        weights = [math.exp(scale * float(queries[t] @ keys[j]) / math.sqrt(a.qk_head_dim)) for j in range(t + 1)]
+        rows.append(sum(w / sum(weights) * values[j] for j, w in enumerate(weights)))
+    return rows
+
+
 def literal_mla(layer, x):
     """V2 appendix C, equations 37 to 47, one position and one head at a time."""
-    a = layer.config
-    weights = dict(layer.named_parameters())
+    a, weights = layer.config, dict(layer.named_parameters())
 
     def norm(v, gain):
         return v / torch.sqrt((v * v).mean() + 1e-6) * gain
 
-    def rope(v, position):
-        out = v.clone()
-        for i in range(len(v) // 2):
-            angle = position * a.rope_theta ** (-2 * i / len(v))
-            re, im = v[2 * i], v[2 * i + 1]
-            out[2 * i] = re * math.cos(angle) - im * math.sin(angle)
-            out[2 * i + 1] = re * math.sin(angle) + im * math.cos(angle)
-        return out
+    def with_rope(v, position):
+        return torch.cat((v[: a.qk_nope_head_dim], turned(v[a.qk_nope_head_dim :], position, a)))
 
-    query_width, value_rows = a.qk_head_dim, a.qk_nope_head_dim + a.v_head_dim
-    latents, rotary_keys, rows = [], [], []
-    for t in range(x.shape[0]):
+    latents, rotary, queries = [], [], []
+    for t in range(len(x)):
         compressed = weights["kv_a_proj_with_mqa.weight"] @ x[t]
         latents.append(norm(compressed[: a.kv_lora_rank], weights["kv_a_layernorm.weight"]))
-        rotary_keys.append(rope(compressed[a.kv_lora_rank :], t))
+        rotary.append(turned(compressed[a.kv_lora_rank :], t, a))
         if a.q_lora_rank is None:
-            query = weights["q_proj.weight"] @ x[t]
+            queries.append(weights["q_proj.weight"] @ x[t])
         else:
-            query = weights["q_b_proj.weight"] @ norm(weights["q_a_proj.weight"] @ x[t], weights["q_a_layernorm.weight"])
-        heads = []
-        for h in range(a.num_attention_heads):
-            q = query[h * query_width : (h + 1) * query_width]
-            q = torch.cat((q[: a.qk_nope_head_dim], rope(q[a.qk_nope_head_dim :], t)))
-            up = weights["kv_b_proj.weight"][h * value_rows : (h + 1) * value_rows]
-            scores, values = [], []
-            for j in range(t + 1):
-                key = torch.cat((up[: a.qk_nope_head_dim] @ latents[j], rotary_keys[j]))
-                scores.append(q @ key / math.sqrt(query_width))
-                values.append(up[a.qk_nope_head_dim :] @ latents[j])
-            probability = torch.stack(scores).softmax(0)
-            heads.append(sum(p * v for p, v in zip(probability, values, strict=True)))
-        rows.append(weights["o_proj.weight"] @ torch.cat(heads))
-    return torch.stack(rows)
+            queries.append(weights["q_b_proj.weight"] @ norm(weights["q_a_proj.weight"] @ x[t], weights["q_a_layernorm.weight"]))
+    heads, width, up_rows = [], a.qk_head_dim, a.qk_nope_head_dim + a.v_head_dim
+    for h in range(a.num_attention_heads):
+        up = weights["kv_b_proj.weight"][h * up_rows : (h + 1) * up_rows]
+        query = [with_rope(q[h * width : (h + 1) * width], t) for t, q in enumerate(queries)]
+        key = [torch.cat((up[: a.qk_nope_head_dim] @ c, r)) for c, r in zip(latents, rotary, strict=True)]
+        heads.append(one_head(query, key, [up[a.qk_nope_head_dim :] @ c for c in latents], a))
+    return torch.stack([weights["o_proj.weight"] @ torch.cat([head[t] for head in heads]) for t in range(len(x))])
 
 
-@pytest.mark.parametrize("q_lora_rank", [None, 5])
-def test_mla_is_the_equations(q_lora_rank):
-    config = small(q_lora_rank=q_lora_rank)
-    torch.manual_seed(0)
-    layer = MultiHeadLatentAttention(config).double()
+def literal_grouped(layer, x):
+    """Multi-head, grouped-query and multi-query attention: head h reads the keys and values of group h groups / H."""
+    a, weights = layer.config, dict(layer.named_parameters())
+    groups = {"mha": a.num_attention_heads, "gqa": a.num_key_value_heads, "mqa": 1}[a.kind]
+
+    def rows(name, head, width):
+        return [weights[f"{name}.weight"][head * width : (head + 1) * width] @ v for v in x]
+
+    def with_rope(vectors):
+        return [torch.cat((v[: a.qk_nope_head_dim], turned(v[a.qk_nope_head_dim :], t, a))) for t, v in enumerate(vectors)]
+
+    heads = []
+    for h in range(a.num_attention_heads):
+        group = h * groups // a.num_attention_heads
+        query, key = with_rope(rows("q_proj", h, a.qk_head_dim)), with_rope(rows("k_proj", group, a.qk_head_dim))
+        heads.append(one_head(query, key, rows("v_proj", group, a.v_head_dim), a))
+    return torch.stack([weights["o_proj.weight"] @ torch.cat([head[t] for head in heads]) for t in range(len(x))])
+
+
+@st.composite
+def attentions(draw):
+    groups = draw(st.integers(1, 3))
+    yarn = st.builds(
+        YarnConfig,
+        factor=st.sampled_from([1.0, 2.5, 40.0]),
+        original_max_position_embeddings=st.sampled_from([4, 31]),
+        beta_fast=st.sampled_from([2.0, 32.0]),
+        beta_slow=st.sampled_from([0.2, 1.0]),
+        mscale=st.sampled_from([0.707, 1.0]),
+        mscale_all_dim=st.sampled_from([0.3, 0.707]),
+    )
+    return AttentionConfig(
+        kind=draw(st.sampled_from(["mla", "mha", "gqa", "mqa"])),
+        num_attention_heads=groups * draw(st.integers(1, 2)),
+        num_key_value_heads=groups,
+        q_lora_rank=draw(st.sampled_from([None, 3, 5])),
+        kv_lora_rank=draw(st.integers(1, 7)),
+        qk_nope_head_dim=draw(st.integers(0, 5)),
+        qk_rope_head_dim=2 * draw(st.integers(1, 4)),
+        v_head_dim=draw(st.integers(1, 7)),
+        rope_theta=draw(st.sampled_from([10.0, 10000.0])),
+        yarn=draw(st.one_of(st.none(), yarn)),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(attentions(), st.integers(1, 7), st.integers(0, 10**6))
+def test_attention_is_the_equations_at_odd_sizes(attention, positions, seed):
+    config = replace(small(), attention=attention)
+    layer = (MultiHeadLatentAttention if attention.kind == "mla" else GroupedAttention)(config).double()
+    generator = torch.Generator().manual_seed(seed)
     for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    x = torch.randn(6, config.hidden_size, dtype=torch.float64)
-    table = rotary_table(torch.arange(6), 4, 10000.0, torch.float64)
-    torch.testing.assert_close(layer(x[None], table)[0], literal_mla(layer, x), atol=1e-12, rtol=1e-12)
+        parameter.data = 0.5 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    x = torch.randn(positions, config.hidden_size, generator=generator, dtype=torch.float64)
+    table = rotary_table(torch.arange(positions), attention.qk_rope_head_dim, attention.rope_theta, torch.float64, attention.yarn)
+    expected = (literal_mla if attention.kind == "mla" else literal_grouped)(layer, x)
+    torch.testing.assert_close(layer(x[None], table)[0], expected, atol=1e-11, rtol=1e-11)
 
 
 @pytest.mark.parametrize("q_lora_rank", [None, 5])

@@ -57,6 +57,7 @@ def test_the_root_holds_what_the_schema_says(study: StudyWriter, local: Path) ->
         fits = [str(m) for m in range(1, 9) if m * per_device >= about["parameters"][CHOSEN]]
         assert sorted(simulated["by_device_limit"]) == [*fits, "unrestricted"]
         assert simulated["by_device_limit"][str(about["parameters"][LIMIT])]["seconds"] == simulated["result"]["seconds"]
+    assert set(schema.DATA_KEYS) <= set(read(root / schema.DATA_FILE))
     state = read(root / schema.STATE_FILE)
     assert (state["state"], state["planned"], sorted(state["runs"])) == ("finished", 6, runs)
     assert [read(root / "runs" / run / schema.RUN_FILE)["baseline"] for run in runs] == [True, True, False, False, False, False]
