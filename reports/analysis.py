@@ -229,7 +229,9 @@ def reference_sentence(record: StudyRecord) -> str:
     if not shares:
         return "No run recorded the order-2 reference."
     low, high = min(shares.values()), max(shares.values())
-    ends = [f"{abs(share):.1%} {'below' if share > 0 else 'above'}" for share in ((low, high) if high > 0 else (high, low))]
+    ends = sorted((low, high), key=abs)
+    words = ["below" if share > 0 else "above" for share in ends]
+    span = f"{abs(ends[0]):.1%} {'' if words[0] == words[1] else words[0] + ' '}to {abs(ends[1]):.1%} {words[1]}"
     above = sum(share <= 0 for share in shares.values())
     told = f"all {len(shares)} of them" if not above else f"{above} of {len(shares)} are not below it"
-    return f"Trained models are {ends[0]} to {ends[1]} an order-2 Kneser-Ney model of the very tokens that each was trained on: {told}."
+    return f"Trained models are {span} an order-2 Kneser-Ney model of the very tokens that each was trained on: {told}."

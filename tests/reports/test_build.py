@@ -78,6 +78,21 @@ def test_two_seeds_raise_false_alarms_at_the_stated_level(write_store, tmp_path)
     assert 0.035 < np.mean(alarms) < 0.065
 
 
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ((2.0, 2.25), "10.0% to 20.0% below an order-2"),
+        ((3.0, 2.75), "10.0% to 20.0% above an order-2"),
+        ((2.0, 2.75), "above to 20.0% below an order-2"),
+    ],
+)
+def test_the_distance_to_the_yardstick_has_a_direction(write_store, tmp_path, found, words):
+    record = load(write_store(tmp_path / "s", seeds=(0, 1)))
+    for index, run in enumerate(record.runs):
+        run.metrics[schema.BITS_PER_BYTE] = found[index % 2]
+    assert words in analysis.reference_sentence(record)
+
+
 def test_pareto():
     assert analysis.pareto({"a": (1.0, 2.0), "b": (2.0, 1.0), "c": (2.0, 2.0), "d": (1.0, 2.0)}) == {"a", "b", "d"}
 
