@@ -48,7 +48,7 @@ def test_links_and_targets_exist() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
         assert (REPOSITORY / target).exists(), target
     makefile = (REPOSITORY / "Makefile").read_text()
-    for name in set(re.findall(r"`?make ([a-z]+)", TEXT)):
+    for name in {line.split()[1] for line in COMMANDS if line.startswith("make ")} | set(re.findall(r"`make ([a-z]+)`", TEXT)):
         assert re.search(rf"^{name}:", makefile, re.M), name
 
 
