@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable
 from datetime import datetime
@@ -66,6 +67,7 @@ def _ratios(model: ModelConfig) -> dict[str, float]:
     return {
         "total": accounting.total_parameters(model),
         "d_c / (n_h d_h)": round(a.kv_lora_rank / (a.num_attention_heads * a.v_head_dim), 4),
+        "n_h d_h / d": round(a.num_attention_heads * a.v_head_dim / d, 2),
         "d_c / d_h": a.kv_lora_rank / a.v_head_dim,
         "d_h^R / d_h": a.qk_rope_head_dim / a.v_head_dim,
         "d_c' / d_c": (a.q_lora_rank or 0) / a.kv_lora_rank,
@@ -91,13 +93,15 @@ def _short(value: float) -> str:
 @app.command()
 def describe(
     name: Annotated[str, typer.Argument(metavar="PRESET")],
-    kv_bits: Annotated[float, typer.Option(help="Bits per cached element")] = 16,
-    sequence_length: Annotated[int, typer.Option(help="Positions over which attention is counted, causal")] = 4096,
+    kv_bits: Annotated[float, typer.Option(min=1, max=64, help="Bits per cached element")] = 16,
+    sequence_length: Annotated[int, typer.Option(min=1, help="Positions over which attention is counted, causal")] = 4096,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Parameters, cache, FLOPs and bytes of a model, in closed form.  Example: python -m research describe deepseek-v2 --kv-bits 6 --json"""
     if name not in PRESETS:
         raise ConfigError(f"PRESET = {name!r}: no such preset{nearest(name, PRESETS)}")
+    if not math.isfinite(kv_bits):
+        raise ConfigError(f"--kv-bits = {kv_bits}: expected a number of bits from 1 to 64")
     model = preset(name)
     values: dict[str, float] = {
         "total_parameters": accounting.total_parameters(model),
@@ -149,9 +153,10 @@ def train(
     print(json.dumps({"state": result.state, "reason": result.reason, "seconds": round(result.seconds, 1), "metrics": result.metrics}, indent=1))
     if result.trace is not None:
         result.trace.save(out / "routing.npz")
-    if result.state == "finished":
-        go_on(out, [prompt], Sampling(tokens=80), _write)
-        print()
+    if result.state == "diverged":
+        raise typer.Exit(DIVERGED)
+    go_on(out, [prompt], Sampling(tokens=80), _write)
+    print()
 
 
 @app.command()
@@ -162,7 +167,9 @@ def generate(
     tokens: Annotated[int, typer.Option(min=1, help="New tokens")] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
-    seed: Annotated[int, typer.Option(help="The same seed goes on from a prompt in the same way, whatever the other prompts are")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**62, help="The same seed goes on from a prompt in the same way, whatever the other prompts are")
+    ] = 0,
     kv_bits: Annotated[int | None, typer.Option(help="Bits per cached element: 16, 8, 6 or 4; by default the model's own precision")] = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
@@ -244,6 +251,8 @@ def import_(
         print(f"{folder} has no tokenizer.json: put one into {out} before you generate from it")
 
 
+DIVERGED = 3
+"""Exit code of a training that ended without a model, as `python -m sweeps` has it for failures."""
 SHOWN = ("train/loss", "validation/bits_per_byte", "train/tokens_per_second")
 
 

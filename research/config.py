@@ -17,7 +17,7 @@ AttentionKind = Literal["mla", "mha", "gqa", "mqa"]
 Domain = Literal["en", "zh", "ko", "code", "math"]
 Activation = Literal["silu", "gelu", "relu"]
 
-_FORBID_UNKNOWN = {"extra": "forbid"}
+_FORBID_UNKNOWN = {"extra": "forbid", "allow_inf_nan": False}
 
 
 def _require(condition: bool, sentence: str) -> None:
@@ -173,7 +173,8 @@ class MoEConfig:
     """`device`: the lowest affinities of an overfull device go (V2 section 2.2.4).  `expert`: those that come last in the
     batch go, second choices after all first ones (Switch, GShard)."""
     undropped_sequences: float = 0.1
-    """Share of the training sequences whose tokens are never dropped (V2 section 2.2.4)."""
+    """Share of the training sequences whose tokens are never dropped (V2 section 2.2.4); with `capacity_of: device` only,
+    since Switch and GShard spare none."""
 
     def __post_init__(self) -> None:
         e, k, d, m = self.n_routed_experts, self.num_experts_per_tok, self.expert_devices, self.device_limit
@@ -228,6 +229,7 @@ class ModelConfig:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be > 0")
         _require(self.initializer_range > 0, f"initializer_range={self.initializer_range} must be > 0")
+        _require(self.rms_norm_eps >= 0, f"rms_norm_eps={self.rms_norm_eps} must be >= 0")
         if self.moe is not None:
             _require(
                 self.moe.first_k_dense_replace <= self.num_hidden_layers,

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from research.data.tokenizer import END_OF_TEXT
 from research.errors import UserError
 from research.exchange import run_tokenizer
 from research.model.generation import generate
@@ -43,7 +44,7 @@ def gather_prompts(given: Sequence[str], file: Path | None) -> list[str]:
         raise UserError("--prompt = '': holds no text to go on from; valid is a text of at least one character")
     if file is not None:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts = {file}: cannot be read as UTF-8 text ({error}); valid is a file with one prompt on each line") from error
         prompts += (found := [line for line in lines if line.strip()])
@@ -55,13 +56,15 @@ def gather_prompts(given: Sequence[str], file: Path | None) -> list[str]:
 
 
 def go_on(run: Path, prompts: Sequence[str], sampling: Sampling, show: Callable[[str], None] = lambda text: None) -> list[Continuation]:
-    """Continue all prompts in one batch; `show` gets the first one's text piece by piece, as it comes.
+    """Continue all prompts in one batch, each to the end of its text or for `sampling.tokens` tokens; `show` gets the first one's
+    text piece by piece, as it comes.
 
     CheckpointError for a directory without a model.
     """
     model, config = load_model(run)
     tokenizer = run_tokenizer(run, config)
     encoded = [tokenizer.encode(prompt).ids for prompt in prompts]
+    end = tokenizer.token_to_id(END_OF_TEXT)
     show(prompts[0])
     steps = generate(
         model,
@@ -71,18 +74,23 @@ def go_on(run: Path, prompts: Sequence[str], sampling: Sampling, show: Callable[
         top_p=sampling.top_p,
         seed=sampling.seed,
         bits=sampling.kv_bits,
+        vocabulary=tokenizer.get_vocab_size(),
     )
-    produced: list[list[int]] = []
+    rows: list[list[int]] = [[] for _ in prompts]
+    going = set(range(len(prompts)))
     shown = ""
     for new in steps:
-        produced.append(new.tolist())
-        text = tokenizer.decode([row[0] for row in produced])
+        going -= {row for row in going if int(new[row]) == end}
+        for row in going:
+            rows[row].append(int(new[row]))
+        text = tokenizer.decode(rows[0])
         # A character may be spread over several tokens: it is shown when it is whole.
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
             show(text[len(shown) :])
             shown = text
-    rows = list(zip(*produced, strict=True))
-    result = [_continuation(tokenizer, prompt, ids) for prompt, ids in zip(prompts, rows, strict=True)]
+        if not going:
+            break
+    result = [_continuation(tokenizer, prompt, tuple(ids)) for prompt, ids in zip(prompts, rows, strict=True)]
     show(result[0].text[len(shown) :])
     return result
 

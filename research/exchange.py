@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -20,7 +21,7 @@ from research.config import DataConfig, ModelConfig, RunConfig, TrainingConfig, 
 from research.data.prepare import prepare
 from research.data.tokenizer import END_OF_TEXT
 from research.errors import CheckpointError, ConfigError, UserError
-from research.model.huggingface import config_from_hf, config_to_hf, load_hf_state_dict, to_hf_state_dict
+from research.model.huggingface import check_hf_state_dict, config_from_hf, config_to_hf, load_hf_state_dict, to_hf_state_dict
 from research.model.transformer import Transformer
 from research.training.checkpoint import FORMAT, load_model, save_weights
 
@@ -82,12 +83,17 @@ def import_run(source: Path, out: Path) -> RunConfig:
     """
     _refuse_taken(out)
     about = _read_json(source / "config.json")
-    model = Transformer(config_from_hf(about, str(source / "config.json")))
+    architecture = config_from_hf(about, str(source / "config.json"))
     given = source / "tokenizer.json"
     tokenizer = read_tokenizer(given) if given.exists() else None
-    config = _run_of(model.config, about, tokenizer, source)
+    config = _run_of(architecture, about, tokenizer, source)
+    tensors = _read_tensors(source)
     try:
-        load_hf_state_dict(model, _read_tensors(source))
+        with torch.device("meta"):
+            blueprint = Transformer(architecture)
+        check_hf_state_dict(blueprint, tensors)  # before a model of any size is allocated
+        model = Transformer(architecture)
+        load_hf_state_dict(model, tensors)
     except CheckpointError as error:
         raise CheckpointError(*(f"{source}: {problem}" for problem in error.problems)) from error
     state = {"format": FORMAT, "config_id": config_id(config), "config": to_dict(config), "step": 0, "seconds": 0.0, "metrics": {}}

@@ -182,7 +182,7 @@ def switch_base_128() -> ModelConfig:
 
 
 def deepseekmoe_16b() -> ModelConfig:
-    """DeepSeekMoE 16B, 16.4B total, 2.8B activated (arXiv 2401.06066): multi-head attention, 2 shared and 6 of 64 experts."""
+    """DeepSeekMoE 16B, 16.4B total, 2.8B activated with the input embedding (arXiv 2401.06066): 2 shared and 6 of 64 experts, MHA."""
     return ModelConfig(
         vocab_size=102400,
         hidden_size=2048,
@@ -212,10 +212,10 @@ def ablation_small_mha() -> ModelConfig:
 def _scaled(hidden: int, layers: int, heads: int, head: int, experts: int, expert_hidden: int, vocabulary: int) -> ModelConfig:
     """DeepSeek-V2 shrunk by one rule; `python -m research presets --family` prints what it keeps and what not.
 
-    Kept: d_h^R = d_h / 2, d_c' = 3 d_c / 2 ... of V2's 3 d_c, n_h d_h = d, D = 8 devices, M = 3, K = 6, 2 shared
-    experts, first layer dense, dense FFN 2.4 d.  Not kept: d_c = 2 d_h (4 d_h in V2; d_c / (n_h d_h), 1/32 there,
-    would leave a latent of a few numbers), experts per device and expert width over d, which shrink with the
-    budget.  The gate is scaled so that the chosen experts start with weights of order one, as 16 does for 160
+    Kept: d_h^R = d_h / 2, D = 8 devices, M = 3, K = 6, 2 shared experts, first layer dense, dense FFN about 2.4 d.
+    Not kept: n_h d_h = d (3.2 d in V2); d_c = 2 d_h and d_c' = 3 d_h (4 and 12 d_h in V2: d_c / (n_h d_h), 1/32 there,
+    would leave a latent of a few numbers); experts per device and expert width over d, which shrink with the
+    budget, but for the 20 per device of `small`.  The gate is scaled so that the chosen experts start with weights of order one, as 16 does for 160
     experts: routed_scaling_factor = experts / 10.
     """
     return ModelConfig(

@@ -20,10 +20,12 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     bits: int | None = None,
+    vocabulary: int | None = None,
 ) -> Iterator[Tensor]:
     """Yield int64 (B,) per new position for B prompts, int64 (T_b,) each, of any lengths but 0 (so rows of a matrix will do).
 
-    Temperature 0 is greedy.  `bits` is the cache's width (`Cache.allocate`).  Each prompt draws from a generator of
+    Temperature 0 is greedy.  `bits` is the cache's width (`Cache.allocate`); ids from
+    `vocabulary` on are never chosen: a tokenizer may have fewer than the model.  Each prompt draws from a generator of
     its own with the same seed: what follows it does not depend on the other prompts of the batch, up to the rounding
     of sums in another order.  ValueError without prompts, or with an empty one.
     """
@@ -38,7 +40,7 @@ def generate(
     last = (lengths - 1).to(weight.device)
     new: Tensor | None = lengths
     for _ in range(new_tokens):
-        logits = model(ids, cache, new_B=new).logits
+        logits = model(ids, cache, new_B=new).logits[..., :vocabulary]
         chosen = _choose(logits[torch.arange(len(prompts), device=last.device), last], temperature, top_p, generators)
         yield chosen
         ids, last, new = chosen[:, None], torch.zeros_like(last), None
@@ -48,7 +50,9 @@ def _choose(logits: Tensor, temperature: float, top_p: float, generators: list[t
     """int64 (B,) for logits (B, vocabulary), row b drawn with generator b."""
     if temperature == 0:
         return logits.argmax(-1)
-    probability = (logits.float().cpu() / temperature).softmax(-1)
+    logits = logits.float().cpu()
+    # The largest becomes 0 before it is divided: however small the temperature, nothing overflows.
+    probability = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
     if top_p < 1:
         ranked, order = probability.sort(dim=-1, descending=True, stable=True)
         # A token stays while the mass before it is below top_p; the first always does, for top_p = 0 too.

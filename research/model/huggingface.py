@@ -37,25 +37,41 @@ def load_hf_state_dict(model: Transformer, state_dict: Mapping[str, Tensor]) -> 
     of another shape, and then nothing is loaded.  A tied `lm_head.weight` may be absent, but not differ from the
     embedding; so may the empty shared experts that transformers builds for n_shared_experts 0.
     """
-    wanted = _views(model, lambda layer: f"model.layers.{layer}.mlp.experts.gate_up_proj" in state_dict)
+    check_hf_state_dict(model, state_dict)
+    with torch.no_grad():
+        for key, view in _wanted(model, state_dict).items():
+            if key in state_dict:
+                view.copy_(state_dict[key])
+
+
+def _wanted(model: Transformer, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return _views(model, lambda layer: any(f"model.layers.{layer}.mlp.experts.{name}" in state_dict for name in ("gate_up_proj", "down_proj")))
+
+
+def check_hf_state_dict(model: Transformer, state_dict: Mapping[str, Tensor]) -> None:
+    """CheckpointError as `load_hf_state_dict`; `model` may be on the meta device, so that nothing is allocated for weights that do not fit."""
+    wanted = _wanted(model, state_dict)
     tied = model.config.tie_word_embeddings
     optional = {key for key, view in wanted.items() if view.numel() == 0} | ({"lm_head.weight"} if tied else set())
     problems = [f"{key}: is missing, expected a tensor {tuple(wanted[key].shape)}" for key in wanted if key not in state_dict and key not in optional]
     problems += [f"{key}: is surplus, this model has no such tensor" for key in state_dict if key not in wanted]
-    problems += [
-        f"{key}: has shape {tuple(state_dict[key].shape)}, expected {tuple(view.shape)}"
-        for key, view in wanted.items()
-        if key in state_dict and state_dict[key].shape != view.shape
-    ]
+    problems += [f"{key}: {why}" for key, view in wanted.items() if key in state_dict and (why := _not_loadable(state_dict[key], view.shape))]
     head, embedding = state_dict.get("lm_head.weight"), state_dict.get("model.embed_tokens.weight")
     if tied and not problems and head is not None and embedding is not None and not torch.equal(head, embedding):
         problems.append("lm_head.weight: differs from model.embed_tokens.weight, though tie_word_embeddings is true")
     if problems:
         raise CheckpointError(*problems)
-    with torch.no_grad():
-        for key, view in wanted.items():
-            if key in state_dict:
-                view.copy_(state_dict[key])
+
+
+def _not_loadable(value: object, shape: torch.Size) -> str | None:
+    """Why a value cannot become a weight of `shape`, found out before any is written."""
+    if not isinstance(value, Tensor):
+        return f"is a {type(value).__name__}, expected a tensor"
+    if value.shape != shape:
+        return f"has shape {tuple(value.shape)}, expected {tuple(shape)}"
+    if value.layout != torch.strided or value.device.type == "meta":
+        return f"is a {'meta' if value.device.type == 'meta' else 'sparse'} tensor, which holds no such values"
+    return None if value.is_floating_point() else f"is of {value.dtype}, expected floating-point numbers"
 
 
 def _views(model: Transformer, fused: Callable[[int], bool]) -> dict[str, Tensor]:

@@ -85,6 +85,8 @@ def config_from_hf(mapping: Mapping[str, Any], source: str = "config.json") -> M
     Keys that do not change the function (token ids, cache, pretraining_tp) are not looked at.
     ConfigError lists every value that this model cannot have, by its name in the file.
     """
+    if not isinstance(mapping, Mapping):
+        raise ConfigError(f"{source}: holds a {type(mapping).__name__}, expected an object of keys and values")
     read = _Reader(mapping, source)
     if mapping.get("model_type") != MODEL_TYPE:
         read.refuse("model_type", f"{MODEL_TYPE!r}")
@@ -151,7 +153,7 @@ def _groups_from(read: _Reader, experts: int, chosen: int, sound: bool) -> tuple
     method = read.mapping.get("topk_method", "greedy")
     if method == "greedy":
         groups = read.mapping.get("n_group")
-        return (groups, None) if isinstance(groups, int) and groups > 0 and experts % groups == 0 else (1, None)
+        return (groups, None) if isinstance(groups, int) and not isinstance(groups, bool) and groups > 0 and experts % groups == 0 else (1, None)
     if method != "group_limited_greedy":
         read.refuse("topk_method", "'greedy' or 'group_limited_greedy'")
         return 1, None

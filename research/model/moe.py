@@ -41,7 +41,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, ids: Tensor, protected_B: Tensor | None = None, chance: torch.Generator | None = None) -> tuple[Tensor, Routing]:
         """x (B, T, D) of tokens ids (B, T) -> the FFN's output (B, T, D) without the residual, and the routing of the B * T tokens.
 
-        `protected_B` marks the sequences whose tokens are never dropped; None (evaluation) drops nothing.
+        `protected_B` turns dropping on and marks the sequences that a device's budget spares; None (evaluation) drops nothing.
         """
         flat = x.flatten(0, 1)
         if self.gate is None:

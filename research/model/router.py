@@ -1,6 +1,7 @@
 """Who goes where: the gate's decision as a pure function.  Its slow twin is `research.routing_trace.select_experts`."""
 
 import math
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -14,9 +15,10 @@ class Routing(NamedTuple):
     """The decision for M tokens in one MoE layer.
 
     expert_ids_MK: chosen routed experts, best first.
-    gates_MK: their weights, softmax over all experts times `routed_scaling_factor`, 0 where dropped.
-    scores_ME: affinities s (V2 equation 22), softmax over all routed experts, float32 or wider.
-    kept_MK: False where device-level dropping took the assignment away.
+    gates_MK: their weights, affinities (scaled to a sum of 1 with `norm_topk_prob`; 1 / K of hashed experts) times
+    `routed_scaling_factor`, 0 where dropped.
+    scores_ME: affinities s (V2 equation 22), softmax over all routed experts (of hashed ones 1 / K where chosen), float32 or wider.
+    kept_MK: False where the capacity of a device or an expert, or chance, took the assignment away.
     """
 
     expert_ids_MK: Tensor
@@ -71,6 +73,11 @@ def route_by_hash(token_ids_M: Tensor, table: Tensor, config: MoEConfig, dtype: 
     return Routing(ids, gates * config.routed_scaling_factor, scores, torch.ones_like(ids, dtype=torch.bool))
 
 
+def _capacity(factor: float, assignments: int, places: int) -> int:
+    """Assignments that one of `places` takes: factor times the average, rounded up (and 1.1 is eleven tenths, not a little more)."""
+    return math.ceil(Fraction(str(factor)) * assignments / places)
+
+
 def drop(routing: Routing, config: MoEConfig, protected_M: Tensor) -> Routing:
     """What training drops under `capacity_of`; nothing without a capacity factor."""
     if config.capacity_factor is None:
@@ -86,7 +93,7 @@ def drop_latecomers(routing: Routing, config: MoEConfig) -> Routing:
     """
     assert config.capacity_factor is not None
     tokens, chosen = routing.expert_ids_MK.shape
-    capacity = math.ceil(config.capacity_factor * tokens * chosen / config.n_routed_experts)
+    capacity = _capacity(config.capacity_factor, tokens * chosen, config.n_routed_experts)
     expert = torch.where(routing.kept_MK, routing.expert_ids_MK, config.n_routed_experts).T.flatten()
     order = expert.argsort(stable=True)
     load = torch.bincount(expert, minlength=config.n_routed_experts + 1)
@@ -106,7 +113,7 @@ def drop_over_capacity(routing: Routing, config: MoEConfig, protected_M: Tensor)
     """
     assert config.capacity_factor is not None
     tokens, chosen = routing.expert_ids_MK.shape
-    budget = math.ceil(config.capacity_factor * tokens * chosen / config.expert_devices)
+    budget = _capacity(config.capacity_factor, tokens * chosen, config.expert_devices)
     device = (routing.expert_ids_MK // config.experts_per_device).flatten()
     affinity = routing.scores_ME.detach().gather(-1, routing.expert_ids_MK)
     affinity = affinity.masked_fill(protected_M[:, None], math.inf).flatten()

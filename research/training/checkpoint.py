@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
@@ -92,7 +93,7 @@ def load(directory: Path, model: Transformer, optimizer: torch.optim.AdamW, conf
                 "exp_avg": tensors[f"{name}.exp_avg"],
                 "exp_avg_sq": tensors[f"{name}.exp_avg_sq"],
             }
-    except (OSError, KeyError, RuntimeError, ValueError) as error:
+    except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: is damaged ({error}); remove it to start this run again") from error
     return Resumed(step=about["step"], seconds=about["seconds"], metrics=about["metrics"], snapshots=dict(sorted(snapshots.items())))
 
@@ -104,9 +105,15 @@ def load_model(directory: Path) -> tuple[Transformer, RunConfig]:
     folder = _whole(directory) or _whole(directory / "checkpoint")
     if folder is None:
         raise CheckpointError(f"{directory}: holds no checkpoint (expected state.json and model.safetensors there or in checkpoint/)")
-    config = load_run_config(read_state(folder)["config"], str(folder / "state.json"))
+    about = read_state(folder)
+    if not isinstance(about.get("config"), dict):
+        raise CheckpointError(f"{folder}/state.json: is damaged (it holds no configuration)")
+    config = load_run_config(about["config"], str(folder / "state.json"))
     model = Transformer(config.model)
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    try:
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}/model.safetensors: is damaged ({error})") from error
     return model.eval(), config
 
 

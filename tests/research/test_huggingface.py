@@ -260,3 +260,28 @@ def test_what_the_architecture_cannot_say_is_refused():
 def test_what_that_architecture_cannot_say_is_named(name):
     with pytest.raises(ConfigError, match=r"moe\.\w+ = .* only"):
         config_to_hf(replace(preset(name), attention=preset("deepseek-v2-nano").attention))
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [(lambda t: t.to("meta"), "meta"), (lambda t: t.to_sparse(), "sparse"), (lambda t: t.numpy(), "ndarray"), (lambda t: t.long(), "int64")],
+)
+def test_values_that_are_no_weights_leave_the_model_as_it_was(broken, said):
+    model = Transformer(preset("deepseek-v2-nano")).initialise(0)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    given = dict(to_hf_state_dict(Transformer(model.config).initialise(1)))
+    key = list(given)[10]
+    given[key] = broken(given[key])
+    with pytest.raises(CheckpointError, match=rf"{re.escape(key)}: is .*{said}"):
+        load_hf_state_dict(model, given)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_missing_fused_tensor_is_named_once():
+    model = Transformer(preset("deepseek-v2-nano"))
+    given = dict(to_hf_state_dict(model))
+    del given["model.layers.1.mlp.experts.gate_up_proj"]
+    with pytest.raises(CheckpointError) as caught:
+        load_hf_state_dict(model, given)
+    assert len(caught.value.problems) == 1
+    assert "model.layers.1.mlp.experts.gate_up_proj: is missing" in str(caught.value)

@@ -93,6 +93,21 @@ def test_a_crash_between_the_two_renames_leaves_the_old_checkpoint(tmp_path):
     assert checkpoint.load_model(tmp_path)[1] == config
 
 
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    train(small(train_tokens=512), tmp_path, JsonlRecorder(tmp_path / "m.jsonl"), never)
+    weights = tmp_path / "checkpoint" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    for act in (
+        lambda: checkpoint.load_model(tmp_path),
+        lambda: train(small(train_tokens=512), tmp_path, JsonlRecorder(tmp_path / "m.jsonl"), never),
+    ):
+        with pytest.raises(CheckpointError, match="is damaged"):
+            act()
+    (tmp_path / "checkpoint" / "state.json").write_text('{"format": 1}')
+    with pytest.raises(CheckpointError, match="holds no configuration"):
+        checkpoint.load_model(tmp_path)
+
+
 def test_divergence_ends_the_run_and_is_said(tmp_path):
     result = train(small(optimizer={"learning_rate": 1e30, "warmup_steps": 0}), tmp_path, JsonlRecorder(tmp_path / "m.jsonl"), never)
     assert result.state == "diverged"
