@@ -22,11 +22,11 @@ install: .venv/installed ## make .venv with the pinned dependencies
 
 ablation: .venv/installed ## the quickstart study on real text, to a finished report (STUDY=... for another)
 	$(BIN)/python -m sweeps run $(STUDY)
-	$(BIN)/python -m reports build $(basename $(notdir $(STUDY)))
+	$(BIN)/python -m reports build $(STUDY)
 	@echo "Next:  make ui   compares the runs in MLflow;  README.md goes on from here."
 
 report: .venv/installed ## build the report of the study again
-	$(BIN)/python -m reports build $(basename $(notdir $(STUDY)))
+	$(BIN)/python -m reports build $(STUDY)
 
 ui: .venv/installed ## MLflow's pages on the store of the studies
 	$(BIN)/python -m sweeps ui

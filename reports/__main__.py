@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from reports.build import build as build_report
+from research.configfile import read_yaml
 from research.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -21,12 +22,15 @@ def _group() -> None:
 
 @app.command()
 def build(
-    study: Annotated[str, typer.Argument(help="A study's root directory, or its name under $MOELAB_HOME/studies (.moelab/studies here)")],
+    study: Annotated[
+        str, typer.Argument(help="A study's root directory, its YAML file, or its name under $MOELAB_HOME/studies (.moelab/studies here)")
+    ],
     out: Annotated[Path | None, typer.Option(help="Where to write; default: report/ in the study's root")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Paths as one JSON object")] = False,
 ) -> None:
     """Write report.md, its figures and report.html.  Example: python -m reports build quickstart"""
-    root = Path(study) if Path(study).is_dir() else Path(os.environ.get("MOELAB_HOME", ".moelab")).expanduser() / "studies" / study
+    name = str(read_yaml(study).get("name")) if Path(study).suffix in (".yaml", ".yml") else study
+    root = Path(study) if Path(study).is_dir() else Path(os.environ.get("MOELAB_HOME", ".moelab")).expanduser() / "studies" / name
     page = build_report(root.absolute(), out)
     if as_json:
         print(json.dumps({"html": str(page), "markdown": str(page.with_name("report.md")), "manifest": str(page.with_name("manifest.json"))}))

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+from html import escape
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader
@@ -39,7 +40,7 @@ def build(root: Path, out: Path | None = None) -> Path:
 
 def html(text: str, figures: list[Figure], title: str) -> str:
     """The same page for a browser, pictures inside, nothing fetched from anywhere."""
-    body = MarkdownIt("commonmark").enable("table").render(text)
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     for figure in figures:
         inline = f"data:image/png;base64,{base64.b64encode(figure.png).decode()}"
         body = body.replace(f'src="figures/{figure.name}.png"', f'src="{inline}"')
@@ -47,4 +48,4 @@ def html(text: str, figures: list[Figure], title: str) -> str:
     body = body.replace("<table>", '<div class="table" tabindex="0" role="region" aria-label="table"><table>').replace("</table>", "</table></div>")
     body = body.replace("<blockquote>", '<blockquote class="notice">')
     environment = Environment(loader=FileSystemLoader(Path(__file__).with_name("templates")), autoescape=False, keep_trailing_newline=True)
-    return environment.get_template("report.html.j2").render(title=title, body=body)
+    return environment.get_template("report.html.j2").render(title=escape(title), body=body)

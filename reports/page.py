@@ -1,12 +1,16 @@
 """The report's text: Markdown that a code host renders, every number computed from the store."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from reports import analysis
 from reports.analysis import Estimate
 from reports.figures import Figure
 from reports.store import Run, StudyRecord
 from sweeps import schema
+
+MOST_HASHES = 12
+"""Files named on the page; the store has all."""
 
 
 def markdown(record: StudyRecord, figures: Sequence[Figure], missing: Sequence[str]) -> str:
@@ -15,7 +19,7 @@ def markdown(record: StudyRecord, figures: Sequence[Figure], missing: Sequence[s
     base = next((runs for runs in variants.values() if runs[0].baseline), [])
     drawn = {figure.name: _figure(figure) for figure in figures}
     sections = [
-        f"# {record.study['question']}",
+        f"# {_safe(record.study['question'])}",
         _state(record),
         "## Answer",
         analysis.headline(record),
@@ -34,12 +38,10 @@ def markdown(record: StudyRecord, figures: Sequence[Figure], missing: Sequence[s
         drawn.get("all-to-all-by-limit", ""),
         _limit_table(record),
         "The cluster is simulated: published measurements over M do not exist, so its curve over M rests on exact bytes and on "
-        "measured bandwidths, not on a measured sweep.",
-        "## Who was routed where",
-        _routing_table(record),
-        "Of the last recorded training batch, mean over layers. Violation is (largest load - mean) / mean, dropped the share of (token, expert) "
-        "assignments over a device's capacity; simulated time is dispatch and combine of one layer, routed as the trained model routes held-out text.",
-        drawn.get("expert-load", ""),
+        "measured bandwidths, not on a measured sweep."
+        if _has_routing(record)
+        else "No variant has routed experts: there is nothing to simulate.",
+        *_routing_section(record, drawn.get("expert-load", "")),
         "## What matters",
         drawn.get("importances", ""),
         "\n".join(f"- Not shown. {sentence}" for sentence in missing),
@@ -54,11 +56,33 @@ def markdown(record: StudyRecord, figures: Sequence[Figure], missing: Sequence[s
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
+def _has_routing(record: StudyRecord) -> bool:
+    return any(run.config.get("model", {}).get("moe") for run in record.runs)
+
+
+def _routing_section(record: StudyRecord, picture: str) -> list[str]:
+    if not _has_routing(record):
+        return []
+    return [
+        "## Who was routed where",
+        _routing_table(record),
+        "Of the last recorded training batch, mean over layers. Violation is (largest load - mean) / mean, dropped the share of (token, expert) "
+        "assignments over a device's capacity; simulated time is dispatch and combine of one layer, routed as the trained model routes held-out text.",
+        picture,
+    ]
+
+
+def _safe(text: str) -> str:
+    """Text from outside, in which a `<` begins no markup."""
+    return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
 def _state(record: StudyRecord) -> str:
     done, planned = sum(run.finished for run in record.runs), record.state.get("planned")
     if record.state.get("state") == "finished":
         return f"Study `{record.study['name']}`: {done} runs, all finished."
-    return f"> **This study has not finished cleanly.** State: {record.state.get('state', 'unknown')}; {done} of {planned} runs finished. What follows rests on those."
+    when = f" at {record.state['updated']}" if record.state.get("state") == "running" and "updated" in record.state else ""
+    return f"> **This study has not finished cleanly.** State: {record.state.get('state', 'unknown')}{when}; {done} of {planned} runs finished. What follows rests on those."
 
 
 def _floor(base: Sequence[Run]) -> str:
@@ -189,7 +213,8 @@ def _setup(record: StudyRecord, base: Sequence[Run]) -> str:
         if moe
         else "no experts"
     )
-    tokens = base[0].summary.get("tokens") or training["train_tokens"]
+    step = training["batch_size"] * data["sequence_length"]
+    tokens = -(-training["train_tokens"] // step) * step
     lines = [
         f"- Model: {model['num_hidden_layers']} layers of width {model['hidden_size']}, {attention['kind'].upper()} with {attention['num_attention_heads']} heads; {routed}.",
         f"- Data: corpus `{data['corpus']}`, byte-level BPE of {data['tokenizer_vocab_size']} tokens, sequences of {data['sequence_length']}.",
@@ -225,7 +250,7 @@ def _leaves(value: object, prefix: str = "") -> list[tuple[str, object]]:
 
 def _failures(record: StudyRecord) -> str:
     rows = [
-        f"- `{run.name}` ({run.variant}, seed {run.seed}): {run.state}" + (f": {run.reason.strip().splitlines()[-1]}" if run.reason else "")
+        f"- `{run.name}` ({run.variant}, seed {run.seed}): {run.state}" + (f": {_safe(run.reason.strip().splitlines()[-1])}" if run.reason else "")
         for run in record.runs
         if not run.finished
     ]
@@ -239,8 +264,11 @@ def _data(record: StudyRecord) -> str:
     if not record.data:
         return "not recorded"
     hashes = record.data["identity"].get("archives") or record.data["identity"].get("files")
-    listed = f"; SHA-256 {', '.join(f'{name} `{value[:12]}`' for name, value in sorted(hashes.items()))}" if isinstance(hashes, dict) else ""
-    return f"`{record.data['data_id']}`, corpus `{record.data['corpus']}`{listed}. Sources and licences: `python -m research data list`"
+    rows = [f"{_safe(Path(name).name)} `{value[:12]}`" for name, value in sorted(hashes.items())] if isinstance(hashes, dict) else []
+    more = f" and {len(rows) - MOST_HASHES} more" if len(rows) > MOST_HASHES else ""
+    listed = f"; SHA-256 {', '.join(rows[:MOST_HASHES])}{more} (all in {schema.DATA_FILE})" if rows else ""
+    licences = ". Sources and licences: `python -m research data list`" if record.data["identity"].get("archives") else ""
+    return f"`{record.data['data_id']}`, corpus `{record.data['corpus']}`{listed}{licences}"
 
 
 def _text_table(record: StudyRecord) -> str:

@@ -68,6 +68,8 @@ def load(root: Path) -> StudyRecord:
         raise UserError(f"{root}: is no study's root (expected {schema.STUDY_FILE} and {schema.RUNS_DIRECTORY}/ in it)")
     study = yaml.safe_load((root / schema.STUDY_FILE).read_text(encoding="utf-8"))
     folders = sorted(path.parent for path in (root / schema.RUNS_DIRECTORY).glob(f"*/{schema.RUN_FILE}"))
+    if not folders:
+        raise UserError(f"{root}: has no run yet ({schema.RUNS_DIRECTORY}/ is empty); `python -m sweeps run` makes them")
     return StudyRecord(
         root=root,
         study=study,

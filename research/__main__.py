@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -20,6 +19,7 @@ from research.configfile import load_run_config, nearest, read_yaml, resolve_mod
 from research.data.cli import app as data_app
 from research.errors import ConfigError, UserError
 from research.presets import PRESETS, preset
+from research.terminal import console
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(data_app, name="data")
@@ -46,7 +46,7 @@ def presets(
         table = Table("preset", *next(iter(rows.values())), "what it is")
         for name, row in rows.items():
             table.add_row(name, *map(_short, row.values()), (PRESETS[name].__doc__ or "").splitlines()[0])
-    (Console() if sys.stdout.isatty() else Console(width=160)).print(table)
+    console().print(table)
 
 
 FAMILY = ("deepseek-v2", "deepseek-v2-small", "deepseek-v2-mini", "deepseek-v2-micro", "deepseek-v2-nano")
@@ -123,7 +123,7 @@ def describe(
     table = Table("quantity", "value", title=name)
     for key, value in values.items():
         table.add_row(key, f"{value:,.0f}")
-    Console().print(table)
+    console().print(table)
 
 
 @app.command()
@@ -222,7 +222,7 @@ def evaluate(
     for domain, value in full.bits_per_byte.items():
         table.add_row(domain, f"{value:.4f}", *(f"{score.difference[domain]:+.5f}" for score in narrow))
     table.add_row("bytes/token", *(f"{score.bytes_per_token:,}" for score in scores))
-    Console().print(table)
+    console().print(table)
 
 
 @app.command()

@@ -6,6 +6,7 @@ its errors into sentences with the path, the value and the nearest valid key.
 
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,6 +22,17 @@ from research.presets import PRESETS, preset
 T = TypeVar("T")
 
 
+class _Unique(yaml.SafeLoader):
+    """YAML in which a key that stands twice in one mapping is a mistake, not the second one's value."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key, (mark, _) in zip(keys, node.value, strict=True):
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands there twice", mark.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file; ConfigError with line and column if it is none."""
     try:
@@ -28,7 +40,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Unique)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: is not valid YAML: {error}") from error
     if not isinstance(value, dict):
@@ -37,11 +49,51 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def validate(cls: type[T], mapping: Mapping[str, Any], source: str) -> T:
-    """`mapping` as a `cls`; ConfigError lists every mistake as `source: path = value: sentence`."""
-    try:
-        return TypeAdapter(cls).validate_python(dict(mapping))
-    except ValidationError as error:
-        raise ConfigError(*(_sentence(cls, item, source) for item in error.errors())) from error
+    """`mapping` as a `cls`; ConfigError lists every mistake as `source: path = value: sentence`.
+
+    A value of the wrong type hides what only makes sense together, so what was found is put aside and the rest is
+    looked at again.
+    """
+    rest, problems = _copy(mapping), list[str]()
+    gone, removed = set[tuple[str, ...]](), set[str]()
+    for _ in range(ROUNDS):
+        try:
+            value = TypeAdapter(cls).validate_python(dict(rest))
+        except ValidationError as error:
+            items = error.errors()
+        else:
+            items = []
+        items = [item for item in items if not (item["type"].startswith("missing") and _path(item) in gone)]
+        sentences = [_sentence(cls, item, source) for item in items]
+        problems += [sentence for sentence in sentences if sentence not in problems and not removed & set(re.findall(r"\w+", sentence))]
+        taken = [path for item in items if not item["type"].startswith("missing") and _remove(rest, path := _path(item))]
+        gone |= set(taken)
+        removed |= {path[-1] for path in taken}
+        if not taken:
+            break
+    if problems:
+        raise ConfigError(*_joined(problems))
+    return value
+
+
+ROUNDS = 4
+
+
+def _remove(mapping: dict[str, Any], path: tuple[str, ...]) -> bool:
+    """Take a key out of nested dicts; False if it is not there."""
+    node: Any = mapping
+    for key in path[:-1]:
+        node = node.get(key) if isinstance(node, dict) else None
+    return isinstance(node, dict) and bool(path) and node.pop(path[-1], _remove) is not _remove
+
+
+def _joined(problems: list[str]) -> list[str]:
+    """Two sentences about one value (it is neither of two types) as one."""
+    joined: dict[str, str] = {}
+    for problem in problems:
+        head, _, message = problem.rpartition(": ")
+        joined[head] = f"{joined[head]}, or {message}" if head in joined and joined[head] != message else message
+    return [f"{head}: {message}" for head, message in joined.items()]
 
 
 def apply_overrides(mapping: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -145,8 +197,20 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(sorted(names))}"
 
 
+TRIED = {"int", "float", "str", "bool", "none", "Range"}
+"""What pydantic adds to a location to say which member of a union it means."""
+
+
+def _path(item: Any) -> tuple[str, ...]:
+    """The keys of the file that lead to a mistake, without pydantic's names of the types that it tried."""
+    *before, last = map(str, item["loc"]) if item["loc"] else ("",)
+    unknown = item["type"] in ("unexpected_keyword_argument", "extra_forbidden")
+    kept = [part for part in before if re.fullmatch(r"[\w. -]+", part) and part not in TRIED]
+    return (*kept, *([last] if last and (unknown or (re.fullmatch(r"[\w. -]+", last) and last not in TRIED)) else []))
+
+
 def _sentence(cls: Any, item: Any, source: str) -> str:
-    location = [str(part) for part in item["loc"]]
+    location = list(_path(item))
     path = ".".join(location) or "(whole)"
     value = item["input"]
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from research.configfile import apply_overrides, validate
-from research.errors import UserError
+from research.errors import ConfigError, UserError
 from research.routing_trace import RoutingTrace
+from research.terminal import console
 from sims.all_to_all import AllToAll, simulate
 from sims.cluster import cluster_names, figures, load_cluster
 from sims.result import Result
@@ -42,7 +42,7 @@ def all_to_all(
     device_limit, dispatch_bits, combine_bits, seed.
     """
     spec = _spec(cluster, nodes, gpus_per_node, overrides)
-    result = simulate(spec, _trace(trace))
+    result = simulate(spec, _routing(spec, trace, overrides))
     if as_json:
         print(json.dumps(result.to_dict()))
         return
@@ -62,7 +62,7 @@ def all_to_all(
     if formula:
         for name, seconds in result.formulas.items():
             table.add_row(f"both, {name}", f"{seconds * 1e6:,.0f} us", "(formula of other tools)")
-    Console().print(table)
+    console().print(table)
     print(f"{result.distinct_devices_per_token:.3f} distinct devices and {result.distinct_nodes_per_token:.3f} nodes per token; bytes are physical")
 
 
@@ -84,7 +84,7 @@ def sweep(
         if given is not None:
             if limit is None or limit * (given.n_routed_experts // devices) >= given.num_experts_per_tok:
                 results.append(simulate(spec, reroute(given, limit)))
-        else:
+        elif limit is None or limit * (spec.n_routed_experts // devices) >= spec.num_experts_per_tok:
             results.append(simulate(replace(spec, device_limit=limit)))
     if as_json:
         print(json.dumps([result.to_dict() for result in results]))
@@ -109,7 +109,7 @@ def sweep(
             f"{result.dispatch.nvlink_bytes + result.combine.nvlink_bytes:,}",
             f"{result.dispatch.infiniband_bytes + result.combine.infiniband_bytes:,}",
         )
-    Console().print(table)
+    console().print(table)
 
 
 @app.command()
@@ -123,12 +123,33 @@ def clusters(name: Annotated[str | None, typer.Argument(help="One preset or file
         table = Table("figure", "value", "unit", "basis", "source", title=f"{key}: {cluster.name}")
         for figure_name, figure in figures(cluster).items():
             table.add_row(figure_name, f"{figure.value:g}", figure.unit, figure.basis, figure.source)
-        Console().print(table)
+        console().print(table)
 
 
 def _spec(cluster: str, nodes: int, gpus_per_node: int, overrides: list[str] | None) -> AllToAll:
     mapping = {"cluster": cluster, "nodes": nodes, "gpus_per_node": gpus_per_node}
     return validate(AllToAll, apply_overrides(mapping, overrides or []), "all-to-all")
+
+
+FROM_TRACE = ("n_routed_experts", "num_experts_per_tok", "expert_devices", "seed")
+
+
+def _routing(spec: AllToAll, path: Path | None, overrides: list[str] | None) -> RoutingTrace | None:
+    """The trace, re-routed where a device limit was asked for; ConfigError for what only the trained model can say."""
+    trace, asked = _trace(path), {override.partition("=")[0].strip() for override in overrides or []}
+    if trace is None:
+        return None
+    if fixed := sorted(asked & set(FROM_TRACE)):
+        raise ConfigError(*(f"--set {name}: comes from the trace {path} of a trained model; leave it out" for name in fixed))
+    if "device_limit" not in asked:
+        return trace
+    limit, devices, chosen = spec.device_limit, trace.expert_devices, trace.num_experts_per_tok
+    if limit is not None and (limit > devices or limit * (trace.n_routed_experts // devices) < chosen):
+        least = -(-chosen * devices // trace.n_routed_experts)
+        raise ConfigError(
+            f"--set device_limit={limit}: the trace {path} has {chosen} experts per token on {devices} devices; valid: {least} to {devices}, or null"
+        )
+    return reroute(trace, limit)
 
 
 def _trace(path: Path | None) -> RoutingTrace | None:

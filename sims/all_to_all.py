@@ -48,6 +48,15 @@ class AllToAll:
         for name in ("dispatch_bits", "combine_bits"):
             if getattr(self, name) not in (8, 16):
                 raise ValueError(f"{name}={getattr(self, name)} must be 8 (with scales) or 16")
+        experts, devices, chosen, limit = self.n_routed_experts, self.expert_devices, self.num_experts_per_tok, self.device_limit
+        if min(experts, devices, chosen) < 1 or experts % devices:
+            raise ValueError(f"expert_devices={devices} must divide n_routed_experts={experts}, and num_experts_per_tok={chosen} be >= 1")
+        if limit is not None and not 1 <= limit <= devices:
+            raise ValueError(f"device_limit={limit} must lie in 1..{devices} (expert_devices), or be null for unrestricted")
+        if chosen > (limit or devices) * (experts // devices):
+            raise ValueError(
+                f"num_experts_per_tok={chosen} does not fit on device_limit={limit} of {devices} devices of {experts // devices} experts"
+            )
         gpus = self.nodes * self.gpus_per_node
         if self.n_routed_experts % gpus:
             raise ValueError(

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from research.errors import UserError
+from research.terminal import console
 from sweeps import schema
 from sweeps.driver import DRIVER_FILE, Driver, is_driven
 from sweeps.executors import Executor, InlineExecutor, RayExecutor
@@ -69,7 +69,7 @@ def plan(study: StudyFile, root: Root = None, overrides: Overrides = None, as_js
             f"{row['memory_bytes'] / 1e6:,.0f}",
             f"{row['seconds']:,.0f}",
         )
-    _wide_console().print(table)
+    console().print(table)
     print(
         f"{planned['variants']} variants x {planned['seeds']} seeds = {planned['runs']} runs on {planned['workers']} workers, "
         f"about {planned['expected_seconds'] / 60:.1f} minutes ({planned['estimate']})"
@@ -92,7 +92,9 @@ def run(
     with _progress(place) as announce:
         state = Driver(loaded, place, lambda s, runs: _executor(executor, s, runs), announce, function).run()
     print(f"{state}: {place}")
-    print(f"MLflow: {tracking_uri()}   report: python -m reports build {place}")
+    behind = json.loads((place / schema.STATE_FILE).read_text(encoding="utf-8"))["mlflow_behind"]
+    late = f" (away: {behind}; `run` again sends what is missing)" if behind else ""
+    print(f"MLflow: {tracking_uri()}{late}   report: python -m reports build {place}")
     if state == schema.STOPPED:
         raise typer.Exit(STOPPED)
     if state != "finished":
@@ -145,7 +147,7 @@ def status(study: Annotated[str, typer.Argument(help="A study's name, root or YA
         if as_json:
             print(json.dumps(state, indent=1))
         else:
-            _wide_console().print(_table(state, path.parent))
+            console().print(_table(state, path.parent))
         if not watch or state["state"] != "running":
             return
         time.sleep(2)
@@ -174,11 +176,6 @@ def ui(port: int = 5000) -> None:
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port)])
 
 
-def _wide_console() -> Console:
-    """A terminal's own width; elsewhere (a file, a job's log) wide enough that no column is cut."""
-    return Console() if sys.stdout.isatty() else Console(width=140)
-
-
 def _root(study: Study, root: Path | None) -> Path:
     return (root or home() / "studies" / study.name).absolute()
 
@@ -196,19 +193,23 @@ def _progress(root: Path) -> Iterator[Any]:
     lines: list[str] = []
     with Live(Table(), refresh_per_second=2) as live:
 
-        def announce(line: str) -> None:
-            lines.append(f"{datetime.now():%H:%M:%S} {line}")
+        def show() -> None:
             path = root / schema.STATE_FILE
             state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"state": "starting", "runs": {}, "planned": 0}
             table = _table(state, root)
             table.caption = "\n".join(lines[-8:])
             live.update(table)
 
+        def announce(line: str) -> None:
+            lines.append(f"{datetime.now():%H:%M:%S} {line}")
+            show()
+
         yield announce
+        show()
 
 
 def _table(state: dict[str, Any], root: Path) -> Table:
-    done = sum(r["state"] in schema.STATES for r in state["runs"].values())
+    done = sum(r["state"] in schema.STATES and r["state"] != schema.STOPPED for r in state["runs"].values())
     table = Table("run", "variant", "seed", "state", "attempt", "result", title=f"{root.name}: {state['state']}, {done} of {state['planned']} runs")
     for run, about in state["runs"].items():
         folder = root / schema.RUNS_DIRECTORY / run

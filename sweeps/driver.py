@@ -76,23 +76,39 @@ class Driver:
         """Until everything is done, or until a signal asks to stop.  StudyBusyError, ConfigError, DataError."""
         self.root.mkdir(parents=True, exist_ok=True)
         with lease(self.root):
-            self._same_study()
-            self.search = Search(self.study, self.root)
-            self.tracker = Tracker(self.study, self.root, self.commit)
-            todo = self.search.left or bool(self.queue)
-            if todo or not (self.root / schema.DATA_FILE).exists():
-                self._prepare()
-            if not todo:
-                self.announce("every run has ended already")
-                return self._end()
-            executor = self.make_executor(self.study, self.search.total * len(self.study.seeds))
+            self._refuse_another_study()
             previous = self._take_signals()
             try:
-                return self._loop(executor)
+                return self._drive()
             finally:
-                executor.close()
                 for number, handler in previous.items():
                     signal.signal(number, handler)
+
+    def _drive(self) -> str:
+        # The text comes first: whatever is wrong with it, the root does not keep a study that never ran.
+        prepared = not (self.root / schema.DATA_FILE).exists()
+        if prepared:
+            self._prepare()
+        write_text(self.root / schema.STUDY_FILE, yaml.safe_dump(run_config.to_dict(self.study), sort_keys=False, allow_unicode=True))
+        self.search = Search(self.study, self.root)
+        self.tracker = Tracker(self.study, self.root, self.commit)
+        if not (self.search.left or self.queue):
+            self.announce("every run has ended already")
+            return self._end()
+        if not prepared:
+            self._prepare()
+        self._write_state("running")
+        try:
+            executor = self.make_executor(self.study, self.search.total * len(self.study.seeds))
+        except SystemExit:
+            # Ray's own handler of SIGTERM, which is in place while it starts.
+            self.stopping = True
+            return self._end()
+        self._take_signals()
+        try:
+            return self._loop(executor)
+        finally:
+            executor.close()
 
     def _prepare(self) -> None:
         """The text that all runs share, made before any worker needs it, and what it is written down."""
@@ -185,6 +201,8 @@ class Driver:
         state, config = self.states[run], _json(directory / schema.CONFIG_FILE)
         state |= {"state": "running", "attempts": state["attempts"] + 1, "reason": None}
         _count(directory, state)
+        # How an earlier attempt ended is not how this one does.
+        (directory / schema.SUMMARY_FILE).unlink(missing_ok=True)
         spec = None
         if config["model"]["moe"] is not None:
             whole = self.study.run_config(self.runs[run]["parameters"], self.runs[run]["seed"])
@@ -317,17 +335,19 @@ class Driver:
         ]
         return "\n".join([f"# {self.study.question}", "", f"State: {state}.", "", f"| variant | mean {metric} | seeds |", "|---|---|---|", *rows])
 
-    def _same_study(self) -> None:
-        """Refuse a study that differs from the one in the root in more than its means."""
+    def _refuse_another_study(self) -> None:
+        """Refuse a study that differs from the one in the root in more than its means; a root in which nothing ran binds nobody."""
         path, now = self.root / schema.STUDY_FILE, run_config.to_dict(self.study)
-        if path.exists():
+        if not any((self.root / schema.RUNS_DIRECTORY).glob(f"*/{schema.RUN_FILE}")):
+            for name in (schema.JOURNAL_FILE, schema.DATA_FILE):
+                (self.root / name).unlink(missing_ok=True)
+        elif path.exists():
             before = yaml.safe_load(path.read_text(encoding="utf-8"))
             changed = [d for d in run_config.differences(before, now) if not d.startswith(("resources.", "search.trials"))]
             if changed:
                 raise ConfigError(
                     f"{path}: is of another study; changed since: {'; '.join(changed)}. Give it another name or --root, or remove the root"
                 )
-        write_text(path, yaml.safe_dump(now, sort_keys=False, allow_unicode=True))
 
     def _write_state(self, state: str) -> None:
         self._known_runs()

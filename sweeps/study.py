@@ -12,7 +12,8 @@ from pydantic import TypeAdapter
 
 from research import configfile
 from research.config import RunConfig
-from research.errors import ConfigError
+from research.data import corpora
+from research.errors import ConfigError, DataError
 from sims import AllToAll, load_cluster
 from sweeps import schema
 from sweeps.space import Range, cells, contains, dimension_problems, value_problem
@@ -20,6 +21,7 @@ from sweeps.space import Range, cells, contains, dimension_problems, value_probl
 _FORBID_UNKNOWN: Any = {"extra": "forbid"}
 
 _NAME = "name = {!r}: must be letters, digits, - and _: it names a directory"
+_QUESTION = "question = '': must say what is asked: it stands at the head of the report"
 _SEEDS = "seeds = {}: must be distinct numbers >= 0, at least one: two runs of one seed are one run"
 
 METRICS = sorted(value for name, value in vars(schema).items() if name.isupper() and isinstance(value, str) and value.split("/")[0] in
@@ -123,6 +125,10 @@ class Study:
             raise ValueError(_SEEDS.format(self.seeds))
         if not self.objectives:
             raise ValueError("objectives must name at least one metric")
+        if len({o.metric for o in self.objectives}) < len(self.objectives):
+            raise ValueError(f"objectives = {[o.metric for o in self.objectives]}: the same metric stands there twice")
+        if not self.question.strip():
+            raise ValueError(_QUESTION)
 
     def run_config(self, cell: Mapping[str, Any], seed: int) -> RunConfig:
         """The resolved configuration of one run; ConfigError if the cell is impossible."""
@@ -151,13 +157,26 @@ class Study:
 
 def load_study(path: str | Path, overrides: Iterable[str] = ()) -> Study:
     """Read and check a study; ConfigError lists every mistake that was found, each with path, value and remedy."""
-    mapping = configfile.apply_overrides(configfile.read_yaml(path), overrides)
+    mapping = _overridden(configfile.read_yaml(path), overrides)
     study = configfile.validate(Study, mapping, str(path)) if _shape_is_right(mapping) else None
     problems = list(_problems(mapping, study, str(path)))
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
     assert study is not None
     return study
+
+
+def _overridden(mapping: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """--set on a study; what follows `space.` or `baseline.` is one key, itself a dotted path."""
+    for override in overrides:
+        section, _, rest = override.partition(".")
+        path, equals, text = rest.partition("=")
+        if section in ("space", "baseline") and equals and isinstance(mapping.get(section), dict):
+            value = configfile.apply_overrides({}, [f"value={text}"])["value"]
+            mapping = {**mapping, section: {**mapping[section], path.strip(): value}}
+        else:
+            mapping = configfile.apply_overrides(mapping, [override])
+    return mapping
 
 
 def _shape_is_right(mapping: Mapping[str, Any]) -> bool:
@@ -174,9 +193,10 @@ def _problems(mapping: Mapping[str, Any], study: Study | None, source: str) -> I
             configfile.validate(Study, mapping, source)
         except ConfigError as error:
             # Entries of the space are told of below, in words of their own.
-            yield from (p for p in error.problems if not p.startswith(f"{source}: space."))
+            yield from (p.replace(": (whole): ", ": ", 1) for p in error.problems if not p.startswith(f"{source}: space."))
         yield from _own_problems(mapping, source)
-    yield from _base_problems(mapping, source)
+    base = list(_base_problems(mapping, source))
+    yield from base
     yield from _path_problems(_mapping(mapping, "space"), _mapping(mapping, "baseline"), source)
     for objective in mapping.get("objectives") or []:
         metric = objective.get("metric") if isinstance(objective, dict) else None
@@ -188,7 +208,7 @@ def _problems(mapping: Mapping[str, Any], study: Study | None, source: str) -> I
             load_cluster(str(cluster["file"]))
         except ConfigError as error:
             yield from (f"{source}: {problem}" for problem in error.problems)
-    if study is not None:
+    if study is not None and not base:
         yield from _cell_problems(study, source)
 
 
@@ -218,6 +238,8 @@ def _path_problems(space: Mapping[str, Any], baseline: Mapping[str, Any], source
 def _own_problems(mapping: Mapping[str, Any], source: str) -> Iterable[str]:
     """What `Study.__post_init__` would say, which is not asked while a field is wrong."""
     name, seeds = mapping.get("name"), mapping.get("seeds")
+    if mapping.get("question") == "":
+        yield f"{source}: {_QUESTION}"
     if isinstance(name, str) and not _names_a_directory(name):
         yield f"{source}: {_NAME.format(name)}"
     if isinstance(seeds, list) and all(isinstance(s, int) for s in seeds) and not _distinct(seeds):
@@ -236,9 +258,29 @@ def _base_problems(mapping: Mapping[str, Any], source: str) -> Iterable[str]:
     base = mapping.get("base")
     if isinstance(base, dict):
         try:
-            configfile.load_run_config(base, f"{source}: base")
+            config = configfile.load_run_config(base, f"{source}: base")
         except ConfigError as error:
             yield from error.problems
+        else:
+            yield from _data_problems(config, [o.get("metric") for o in mapping.get("objectives") or [] if isinstance(o, dict)], source)
+
+
+def _data_problems(config: RunConfig, metrics: list[Any], source: str) -> Iterable[str]:
+    """A corpus, file or domain that is not there."""
+    corpus = config.data.corpus
+    try:
+        corpora.identity(config.data)
+    except DataError as error:
+        yield from (f"{source}: base: {problem}" for problem in error.problems)
+        return
+    domains = corpora.domains(corpus)
+    for name, weight in config.data.mixture.items():
+        if name not in domains:
+            yield f"{source}: base: data.mixture.{name} = {weight}: no domain of corpus {corpus!r}{configfile.nearest(name, domains)}"
+    for metric in map(str, metrics):
+        domain = metric.removeprefix(f"{schema.BITS_PER_BYTE}/")
+        if domain != metric and domain not in domains:
+            yield f"{source}: objectives.metric = {metric!r}: no domain of corpus {corpus!r}{configfile.nearest(domain, domains)}"
 
 
 def _cell_problems(study: Study, source: str) -> Iterable[str]:
@@ -300,4 +342,6 @@ def study_root(name_or_path: str) -> Path:
     path = Path(name_or_path)
     if path.is_dir():
         return path.absolute()
-    return home() / "studies" / (path.stem if path.suffix in (".yaml", ".yml") else name_or_path)
+    if path.suffix in (".yaml", ".yml"):
+        return home() / "studies" / str(configfile.read_yaml(path).get("name"))
+    return home() / "studies" / name_or_path

@@ -109,17 +109,21 @@ class Tracker:
 
     def _sync_run(self, run: str, about: Mapping[str, Any]) -> None:
         directory = self.root / schema.RUNS_DIRECTORY / run
-        state = _read(directory / STATE_FILE)
+        state, summary = _read(directory / STATE_FILE), _read(directory / schema.SUMMARY_FILE)
         if state.get("ended"):
-            return
+            if summary.get("attempts") == state["ended"]:
+                return
+            # It was stopped, or had failed, and is on its way again.
+            self._client.update_run(state["run_id"], status="RUNNING")
+            self._client.set_tag(state["run_id"], schema.TAG_STATE, "running")
+            state["ended"] = None
         if "run_id" not in state:
             state |= {"run_id": self._create(run, about, directory), "offset": 0}
             write_text(directory / STATE_FILE, json.dumps(state))
-        summary = _read(directory / schema.SUMMARY_FILE)
         state["offset"] = self._send_metrics(state["run_id"], directory / schema.METRICS_FILE, state["offset"])
         if summary:
             self._end(state["run_id"], directory, summary)
-            state["ended"] = True
+            state["ended"] = summary["attempts"]
         write_text(directory / STATE_FILE, json.dumps(state))
 
     def _create(self, run: str, about: Mapping[str, Any], directory: Path) -> str:
@@ -171,13 +175,13 @@ class Tracker:
         stamp = int(time.time() * 1000)
         final = [Metric(name, float(v), stamp, summary["steps"]) for name, v in summary["metrics"].items() if not name.startswith(recorded)]
         tags = [RunTag(schema.TAG_STATE, summary["state"]), RunTag(schema.TAG_ATTEMPT, str(summary["attempts"]))]
-        if summary["reason"]:
-            tags.append(RunTag("moelab.reason", summary["reason"][-4000:]))
+        tags.append(RunTag(schema.TAG_REASON, (summary["reason"] or "")[-4000:]))
         self._client.log_batch(run_id, metrics=final, tags=tags)
         for name in ARTIFACTS:
             if (directory / name).exists():
                 self._client.log_artifact(run_id, str(directory / name))
-        self._client.set_terminated(run_id, "FINISHED" if summary["state"] in (schema.FINISHED, schema.PRUNED) else "FAILED")
+        status = {schema.FINISHED: "FINISHED", schema.PRUNED: "FINISHED", schema.STOPPED: "KILLED"}.get(summary["state"], "FAILED")
+        self._client.set_terminated(run_id, status)
 
 
 def _read(path: Path) -> dict[str, Any]:

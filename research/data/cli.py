@@ -4,13 +4,13 @@ import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from research.config import DataConfig
 from research.configfile import apply_overrides, validate
 from research.data import corpora
 from research.data.prepare import prepare as make
+from research.terminal import console
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="path=value of the data configuration, such as tokenizer_vocab_size=4096")]
@@ -28,7 +28,7 @@ def list_sources(as_json: Annotated[bool, typer.Option("--json")] = False) -> No
         inside = ", ".join(corpus for corpus, names in corpora.SOURCES["corpora"].items() if name in names)
         package = f"{source['archive']} {archive['version']}"
         table.add_row(name, source["domain"], inside, package, f"{archive['megabytes']}", source["licence"], source["about"])
-    Console().print(table)
+    console().print(table)
     print(
         "Also: corpus `installed` (the standard library's source and docstrings), and `files` (your own text, .jsonl or .parquet by paths or globs)."
     )
@@ -44,4 +44,4 @@ def prepare(
     table = Table("domain", "train bytes", "train tokens", "held-out bytes", "held-out tokens", title=f"{corpus}: {data.directory}")
     for domain, size in data.manifest["domains"].items():
         table.add_row(domain, *(f"{size[key]:,}" for key in ("train_bytes", "train_tokens", "heldout_bytes", "heldout_tokens")))
-    Console().print(table)
+    console().print(table)

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from research.config import DataConfig
+from research.configfile import nearest
 from research.data.archives import Archive, fetch, members
 from research.errors import DataError
 
@@ -41,6 +42,15 @@ def corpus_names() -> list[str]:
     return [*SOURCES["corpora"], "installed", "files"]
 
 
+def domains(corpus: str) -> tuple[str, ...]:
+    """The domains that a corpus has, sorted."""
+    if corpus == "files":
+        return ("text",)
+    if corpus == "installed":
+        return ("code", "en")
+    return tuple(sorted({SOURCES["sources"][source]["domain"] for source in SOURCES["corpora"][corpus]}))
+
+
 def archives_of(corpus: str) -> list[Archive]:
     """The archives that a corpus needs, each once."""
     names = dict.fromkeys(SOURCES["sources"][s]["archive"] for s in SOURCES["corpora"][corpus])
@@ -56,7 +66,7 @@ def identity(config: DataConfig) -> dict[str, Any]:
         return {"python": sysconfig.get_python_version(), "files": [str(p.name) for p in _installed_files()]}
     if config.corpus == "files":
         return {"files": {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in _matched(config.paths)}, "field": config.text_field}
-    raise DataError(f"data.corpus = {config.corpus!r}: no such corpus; valid: {', '.join(corpus_names())}")
+    raise DataError(f"data.corpus = {config.corpus!r}: no such corpus{nearest(config.corpus, corpus_names())}")
 
 
 def documents(config: DataConfig, announce: Callable[[str], None]) -> list[Document]:

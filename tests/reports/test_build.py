@@ -1,6 +1,7 @@
 """Planted truth in, the right words out; the same bytes each time; nothing missing is filled in."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -143,6 +144,33 @@ def test_without_a_finished_baseline_nothing_is_compared(write_store, tmp_path):
     text = (build(root).parent / "report.md").read_text()
     assert "There is no finished baseline" in text
     assert "not recorded" in text
+
+
+def test_markup_from_outside_is_text(write_store, tmp_path):
+    root = write_store(tmp_path / "s", states={("device_limit=2", 1): schema.FAILED})
+    path = root / schema.STUDY_FILE
+    path.write_text(path.read_text().replace("Does it matter?", "Does <script>alert(1)</script> matter?"))
+    summary = root / schema.RUNS_DIRECTORY / "002-1" / schema.SUMMARY_FILE
+    summary.write_text(summary.read_text().replace("ValueError: planted", "ValueError: <class 'int'> planted"))
+    page = build(root)
+    whole = page.read_text()
+    assert "<script>alert" not in whole
+    assert "&lt;script&gt;alert(1)" in whole
+    assert "&lt;class 'int'&gt; planted" in whole
+    assert "<script>alert" not in (page.parent / "report.md").read_text()
+
+
+def test_a_study_is_found_by_its_file(write_store, tmp_path):
+    write_store(tmp_path / "studies" / "planted")
+    (tmp_path / "other.yaml").write_text("name: planted\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "reports", "build", str(tmp_path / "other.yaml")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "MOELAB_HOME": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_is_no_study_is_refused(tmp_path):

@@ -55,7 +55,7 @@ def test_sources_and_licences_are_listed():
         (["generate", "/nowhere", "--prompts", "/nowhere/prompts.txt"], 1, "--prompts = /nowhere/prompts.txt: cannot be read"),
         (["generate", "/nowhere", "--prompt", "a", "--kv-bits", "5"], 1, "--kv-bits = 5: no cache has this width; valid: 16, 8, 6, 4"),
         (["evaluate", "/nowhere"], 1, "holds no checkpoint"),
-        (["data", "prepare", "poems"], 1, "no such corpus; valid: quickstart"),
+        (["data", "prepare", "poems"], 1, "no such corpus; valid: default"),
         (["train", "deepseek-v2-nano"], 2, "--out"),
         (["fly"], 2, "fly"),
     ],

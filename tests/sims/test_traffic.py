@@ -1,15 +1,18 @@
 """Bytes against a literal loop over tokens, and the laws that no change may break."""
 
 import itertools
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from research.errors import ConfigError
 from sims import AllToAll, load_cluster, reroute, simulate, synthetic_trace
+from sims.__main__ import app
 from sims.all_to_all import closed_form, event_driven, stream_seconds
 from sims.cluster import cluster_names, figures
 from sims.traffic import dispatch, needed_devices, payload_bytes
@@ -133,3 +136,23 @@ def test_a_cluster_file_without_a_unit_or_with_a_negative_bandwidth_is_refused(t
     path.write_text(text.replace("47.5e9", "-1"))
     with pytest.raises(ConfigError, match=r"nic_bytes_per_second.*value=-1.0 must be > 0"):
         load_cluster(path)
+
+
+def test_a_trace_is_rerouted_under_the_limit_asked_for_and_nothing_else_of_it_is_set(tmp_path):
+    trace = synthetic_trace("random", tokens=256, n_routed_experts=32, num_experts_per_tok=4, expert_devices=8, device_limit=3)
+    trace.save(tmp_path / "routing.npz")
+    base = ["all-to-all", "--nodes", "2", "--gpus-per-node", "4", "--trace", str(tmp_path / "routing.npz"), "--json"]
+    answers = [
+        json.loads(CliRunner().invoke(app, [*base, *more]).stdout) for more in ([], ["--set", "device_limit=2"], ["--set", "device_limit=null"])
+    ]
+    assert [a["device_limit"] for a in answers] == [3, 2, None]
+    assert answers[1]["seconds"] < answers[0]["seconds"] < answers[2]["seconds"]
+    for wrong, said in (("device_limit=300", "1..8"), ("num_experts_per_tok=3", "comes from the trace"), ("seed=1", "comes from the trace")):
+        result = CliRunner().invoke(app, [*base, "--set", wrong])
+        assert said in str(result.exception), wrong
+
+
+@pytest.mark.parametrize("wrong", ["device_limit=300", "device_limit=0", "num_experts_per_tok=99", "expert_devices=7"])
+def test_impossible_routings_are_refused(wrong):
+    result = CliRunner().invoke(app, ["all-to-all", "--set", wrong])
+    assert isinstance(result.exception, ConfigError)

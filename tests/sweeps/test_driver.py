@@ -12,6 +12,7 @@ from mlflow import MlflowClient
 from standin import bits_per_byte
 from typer.testing import CliRunner
 
+from research.errors import DataError
 from sweeps import schema, search
 from sweeps.__main__ import app
 from sweeps.driver import Driver
@@ -206,6 +207,62 @@ def test_mlflow_has_what_the_root_has(study: StudyWriter, local: Path) -> None:
     assert child.data.metrics[schema.ALL_TO_ALL_SECONDS] > 0
     assert {a.path for a in client.list_artifacts(child.info.run_id)} >= {"config.json", "summary.json", "routing.npz", "simulation.json"}
     assert "study.yaml" in {a.path for a in client.list_artifacts(parents[0].info.run_id)}
+
+
+def child_runs(local: Path) -> dict[str, Any]:
+    client = MlflowClient(f"sqlite:///{local / 'mlflow.db'}")
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments(filter_string="name = 'small'")])
+    return {r.data.tags[schema.TAG_TRIAL]: r for r in runs if r.data.tags[schema.TAG_ROLE] == "run"}
+
+
+def test_mlflow_follows_a_run_that_was_stopped_and_one_that_had_failed(study: StudyWriter, local: Path) -> None:
+    root = local / "studies" / "small"
+    root.mkdir(parents=True)
+    (root / "bug").write_text("000-0 001-0 002-0")
+    assert drive(study(seeds=[0]), root) == "finished-with-failures"
+    assert {r.info.status for r in child_runs(local).values()} == {"FAILED"}
+    (root / "bug").unlink()
+    (root / "slow").write_text("0.02")
+    driver: Driver
+
+    def stopping(*_: Any) -> InlineExecutor:
+        executor = InlineExecutor()
+        begin = executor.start
+
+        def start(job: Job) -> None:
+            begin(job)
+            if job.run == "001-0":
+                driver.stopping = True
+
+        executor.start = start  # type: ignore[method-assign]
+        return executor
+
+    driver = Driver(load_study(study(seeds=[0])), root, stopping, lambda line: None, STANDIN)
+    assert driver.run() == "stopped"
+    runs = child_runs(local)
+    assert (runs["0"].info.status, runs["1"].info.status) == ("FINISHED", "KILLED")
+    assert runs["1"].data.tags[schema.TAG_STATE] == "stopped"
+    assert drive(study(seeds=[0]), root) == "finished"
+    runs = child_runs(local)
+    assert {r.info.status for r in runs.values()} == {"FINISHED"}
+    assert {r.data.tags[schema.TAG_STATE] for r in runs.values()} == {"finished"}
+    client = MlflowClient(f"sqlite:///{local / 'mlflow.db'}")
+    for run in runs.values():
+        assert sorted(m.step for m in client.get_metric_history(run.info.run_id, schema.LOSS)) == list(range(1, 21)), "every record once"
+
+
+def test_a_study_that_never_ran_binds_nobody(study: StudyWriter, local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = local / "studies" / "small"
+
+    def broken(*_: Any) -> Any:
+        raise DataError("no text")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sweeps.driver.prepare", broken)
+        with pytest.raises(DataError):
+            drive(study(), root)
+    assert not (root / schema.STUDY_FILE).exists()
+    assert drive(study(seeds=[3]), root) == "finished"
 
 
 def test_an_outage_of_mlflow_stops_nothing_and_loses_nothing(study: StudyWriter, local: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,3 +124,61 @@ def test_the_metrics_of_the_schema_are_what_objectives_may_name() -> None:
 def test_a_study_is_yaml_that_reads_back(study: StudyWriter) -> None:
     mapping = yaml.safe_load(study().read_text())
     assert load_study(study()).name == mapping["name"]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"corpus": "quickstrt"}, ["data.corpus = 'quickstrt'", "did you mean 'quickstart'?"]),
+        ({"corpus": "files", "paths": ["/nowhere/*.txt"]}, ["'/nowhere/*.txt'", "matches no file"]),
+        ({"corpus": "quickstart", "mixture": {"english": 1}}, ["data.mixture.english = 1", "no domain", "en"]),
+    ],
+)
+def test_text_that_is_not_there_is_found_before_anything_is_written(study: StudyWriter, data: dict[str, Any], words: list[str]) -> None:
+    base = yaml.safe_load(study().read_text())["base"]
+    found = problems(study(base={**base, "data": {**data, "tokenizer_vocab_size": 300}}))
+    assert any(all(word in problem for word in words) for problem in found), found
+
+
+def test_a_type_does_not_hide_what_only_makes_sense_together(study: StudyWriter) -> None:
+    base = yaml.safe_load(study().read_text())["base"]
+    base["model"] |= {"moe": {"device_limt": 2, "n_routed_experts": "many"}}
+    base["training"] |= {"train_tokens": -3, "optimizer": {"decay_at": [2]}}
+    found = problems(study(base=base, cluster={"nodes": "two", "dispatch_bits": "x"}, resources={"cpus_per_worker": 0, "workers": "some"}))
+    for word in (
+        "device_limt",
+        "n_routed_experts",
+        "train_tokens=-3",
+        "decay_at=[2",
+        "cpus_per_worker=0",
+        "cluster.nodes",
+        "dispatch_bits",
+        "resources.workers = ",
+    ):
+        assert any(word in problem for problem in found), (word, found)
+    assert not any("literal[" in problem or ".int " in problem for problem in found)
+    assert len(found) == len(set(found))
+
+
+def test_a_key_that_stands_twice_is_a_mistake(study: StudyWriter) -> None:
+    path = study()
+    path.write_text(path.read_text() + "\nseeds: [4]\n")
+    assert any("'seeds' stands there twice" in problem for problem in problems(path))
+
+
+def test_space_and_baseline_are_reached_by_set(study: StudyWriter) -> None:
+    loaded = load_study(study(), [f"space.{LIMIT}=[2, 3, 8]", f"baseline.{LIMIT}=8"])
+    assert loaded.space[LIMIT] == [2, 3, 8]
+    assert loaded.baseline[LIMIT] == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"objectives": [{"metric": "validation/bits_per_byte/zz"}]}, "validation/bits_per_byte/zz"),
+        ({"objectives": [{"metric": "train/loss"}, {"metric": "train/loss"}]}, "twice"),
+        ({"question": ""}, "must say what is asked"),
+    ],
+)
+def test_questions_that_no_run_can_answer(study: StudyWriter, changes: dict[str, Any], word: str) -> None:
+    assert any(word in problem for problem in problems(study(**changes)))
