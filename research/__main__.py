@@ -41,7 +41,7 @@ def presets(
         table = Table("of DeepSeek-V2", *(name.removeprefix("deepseek-") for name in rows), "kept")
         for quantity in next(iter(rows.values())):
             values = [row[quantity] for row in rows.values()]
-            table.add_row(quantity, *map(_short, values), "yes" if len(set(values)) == 1 else "about" if max(values) < 1.1 * min(values) else "no")
+            table.add_row(quantity, *map(_short, values), _kept(values))
     else:
         table = Table("preset", *next(iter(rows.values())), "what it is")
         for name, row in rows.items():
@@ -81,6 +81,13 @@ def _ratios(model: ModelConfig) -> dict[str, float]:
         "dense layers": moe.first_k_dense_replace,
         "gate scale 10/E": round(moe.routed_scaling_factor * 10 / moe.n_routed_experts, 3),
     }
+
+
+def _kept(values: list[float]) -> str:
+    """Of one ratio in the whole family, DeepSeek-V2 first and nano last."""
+    if max(values) < 1.1 * min(values):
+        return "yes" if len(set(values)) == 1 else "about"
+    return "but for nano" if len(set(values[:-1])) == 1 else "no"
 
 
 def _short(value: float) -> str:

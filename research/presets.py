@@ -209,15 +209,16 @@ def ablation_small_mha() -> ModelConfig:
     return replace(deepseek_v2_lite(), attention=_plain_attention("mha", 16, 128))
 
 
-def _scaled(hidden: int, layers: int, heads: int, head: int, experts: int, expert_hidden: int, vocabulary: int) -> ModelConfig:
+def _scaled(
+    *, hidden: int, layers: int, heads: int, head: int, experts: int, expert_hidden: int, vocabulary: int, latent: int | None = None
+) -> ModelConfig:
     """DeepSeek-V2 shrunk by one rule; `python -m research presets --family` prints what it keeps and what not.
 
-    Kept: d_h^R = d_h / 2, D = 8 devices, M = 3, K = 6, 2 shared experts, first layer dense, dense FFN about 2.4 d.
-    Not kept: n_h d_h = d (3.2 d in V2); d_c = 2 d_h and d_c' = 3 d_h (4 and 12 d_h in V2: d_c / (n_h d_h), 1/32 there,
-    would leave a latent of a few numbers); experts per device and expert width over d, which shrink with the
-    budget, but for the 20 per device of `small`.  The gate is scaled so that the chosen experts start with weights of order one, as 16 does for 160
-    experts: routed_scaling_factor = experts / 10.
+    Kept: n_h d_h = 3.2 d, d_c = n_h d_h / 32, d_c' = 3 d_c, d_h^R = d_h / 2, 20 experts on each of D = 8 devices, M = 3, K = 6,
+    2 shared experts, first layer dense, dense FFN 2.4 d, routed_scaling_factor = experts / 10 (16 for 160).  Not kept:
+    expert width over d, which shrinks with the budget.  `latent` overrules the rule for d_c, with d_c' = 3 d_c / 2.
     """
+    latent_width = latent or heads * head // 32
     return ModelConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -225,8 +226,8 @@ def _scaled(hidden: int, layers: int, heads: int, head: int, experts: int, exper
         intermediate_size=int(2.4 * hidden) // 16 * 16,
         attention=AttentionConfig(
             num_attention_heads=heads,
-            q_lora_rank=3 * head,
-            kv_lora_rank=2 * head,
+            q_lora_rank=3 * latent_width // (2 if latent else 1),
+            kv_lora_rank=latent_width,
             qk_nope_head_dim=head,
             qk_rope_head_dim=head // 2,
             v_head_dim=head,
@@ -247,23 +248,26 @@ def _scaled(hidden: int, layers: int, heads: int, head: int, experts: int, exper
 
 
 def deepseek_v2_nano() -> ModelConfig:
-    """About 1M parameters, one dense layer and one of experts: for a two-core machine and minutes."""
-    return _scaled(hidden=128, layers=2, heads=4, head=32, experts=32, expert_hidden=32, vocabulary=1024)
+    """About 1M parameters, one dense layer and one of experts: for a two-core machine and minutes.
+
+    The exception to the rule: 4 heads, 32 experts and a latent of 64, since one of 4 numbers and experts of a handful teach nothing.
+    """
+    return _scaled(hidden=128, layers=2, heads=4, head=32, experts=32, expert_hidden=32, vocabulary=1024, latent=64)
 
 
 def deepseek_v2_micro() -> ModelConfig:
     """About 5M parameters."""
-    return _scaled(hidden=160, layers=4, heads=5, head=32, experts=64, expert_hidden=32, vocabulary=4096)
+    return _scaled(hidden=160, layers=4, heads=16, head=32, experts=160, expert_hidden=16, vocabulary=2048)
 
 
 def deepseek_v2_mini() -> ModelConfig:
     """About 25M parameters."""
-    return _scaled(hidden=384, layers=6, heads=6, head=64, experts=64, expert_hidden=40, vocabulary=8192)
+    return _scaled(hidden=320, layers=5, heads=16, head=64, experts=160, expert_hidden=24, vocabulary=8192)
 
 
 def deepseek_v2_small() -> ModelConfig:
-    """About 120M parameters, 20 experts per device as in V2: for a GPU."""
-    return _scaled(hidden=640, layers=8, heads=10, head=64, experts=160, expert_hidden=40, vocabulary=16384)
+    """About 120M parameters: for a GPU."""
+    return _scaled(hidden=640, layers=7, heads=32, head=64, experts=160, expert_hidden=40, vocabulary=16384)
 
 
 def _validation(moe: MoEConfig | None) -> ModelConfig:

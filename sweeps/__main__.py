@@ -22,8 +22,9 @@ from rich.table import Table
 from research.errors import UserError
 from research.terminal import console
 from sweeps import schema
-from sweeps.driver import DRIVER_FILE, Driver, is_driven
+from sweeps.driver import Driver
 from sweeps.executors import Executor, InlineExecutor, RayExecutor
+from sweeps.lease import holder_of, is_driven
 from sweeps.plan import plan as make_plan
 from sweeps.study import Study, home, load_study, study_root
 from sweeps.tracking import tracking_uri
@@ -159,7 +160,7 @@ def stop(study: Annotated[str, typer.Argument(help="A study's name, root or YAML
     root = study_root(study)
     if not is_driven(root):
         raise UserError(f"{root}: is not running")
-    holder = json.loads((root / DRIVER_FILE).read_text(encoding="utf-8"))
+    holder = holder_of(root)
     if holder["host"] != platform.node():
         raise UserError(f"{root}: is run by process {holder['pid']} on {holder['host']}: stop it there, or with `ray job stop` if it was submitted")
     os.kill(holder["pid"], signal.SIGTERM)

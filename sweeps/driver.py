@@ -11,30 +11,27 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 from optuna.trial import Trial
 
 from research import config as run_config
 from research.atomic import write_text
 from research.data.prepare import prepare
-from research.errors import ConfigError, UserError
+from research.errors import ConfigError
 from sweeps import schema
 from sweeps.executors import Event, Executor
+from sweeps.lease import lease
 from sweeps.search import Search
 from sweeps.study import Study, label
 from sweeps.tracking import Tracker, tracking_uri
 from sweeps.trial import Job, failed_summary, write_summary
 
-LOCK_FILE = ".driver.lock"
-DRIVER_FILE = "driver.json"
 ATTEMPTS_FILE = "attempts.json"
 MAX_ATTEMPTS = 3
 """Workers that a run may lose.  A start after a stop or after the driver's own death is not charged."""
@@ -42,10 +39,6 @@ TURN_SECONDS = 0.2
 STATE_SECONDS = 2.0
 SYNC_SECONDS = 5.0
 ALIKE_FAILURES = 3
-
-
-class StudyBusyError(UserError):
-    """Another driver holds the study."""
 
 
 class Driver:
@@ -374,37 +367,6 @@ class Driver:
             self.stopping = True
 
         return {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-
-
-@contextmanager
-def lease(root: Path) -> Iterator[None]:
-    """One driver per study: the lock goes with the process, however it ends."""
-    lock = FileLock(root / LOCK_FILE)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        holder = _json(root / DRIVER_FILE)
-        raise StudyBusyError(
-            f"{root}: is being run by process {holder.get('pid')} on {holder.get('host')}; wait for it, or `python -m sweeps stop {root.name}`"
-        ) from None
-    try:
-        write_text(root / DRIVER_FILE, json.dumps({"pid": os.getpid(), "host": platform.node(), "job": os.environ.get("RAY_JOB_ID")}))
-        yield
-    finally:
-        lock.release()
-
-
-def is_driven(root: Path) -> bool:
-    """Whether a driver holds this study now.  (A process id in a file may be anybody's by now.)"""
-    if not (root / LOCK_FILE).exists():
-        return False
-    lock = FileLock(root / LOCK_FILE)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return True
-    lock.release()
-    return False
 
 
 def commit() -> str:

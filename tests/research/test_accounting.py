@@ -52,6 +52,18 @@ def test_the_models_that_it_stands_against_are_what_is_published():
     assert round(small_mha / 1e9, 1) == 2.5
 
 
+def test_the_scaled_family_keeps_the_ratios_that_it_says_it_keeps():
+    def ratios(model):
+        a, moe = model.attention, model.moe
+        width = a.num_attention_heads * a.v_head_dim
+        sizes = (width / model.hidden_size, a.kv_lora_rank / width, a.q_lora_rank / a.kv_lora_rank, a.qk_rope_head_dim / a.v_head_dim)
+        experts = (moe.expert_devices, moe.device_limit, moe.experts_per_device, moe.num_experts_per_tok, moe.n_shared_experts)
+        return (*sizes, *experts, moe.first_k_dense_replace, moe.routed_scaling_factor)
+
+    for name in ("micro", "mini", "small"):
+        assert ratios(preset(f"deepseek-v2-{name}")) == ratios(preset("deepseek-v2")), name
+
+
 def test_the_scaled_family_has_the_stated_sizes():
     for name, millions in (("nano", 1), ("micro", 5), ("mini", 25), ("small", 120)):
         total = accounting.total_parameters(preset(f"deepseek-v2-{name}"))
