@@ -86,12 +86,12 @@ def train(
         if not math.isfinite(found[records.LOSS] + found[records.GRADIENT_NORM]):
             state, reason = "diverged", f"loss {found[records.LOSS]} with gradient norm {found[records.GRADIENT_NORM]} at step {step}"
             break
+        paused = time.perf_counter()
         if last or step % config.training.trace_every == 0:
             snapshots[step] = _expert_ids(_held_out_routings(model, config, data))
         if validated:
-            paused = time.perf_counter()
             found |= _validate(model, config, data)
-            window_began += time.perf_counter() - paused
+        window_began += time.perf_counter() - paused  # tokens per second are those of training
         stop = False
         if recorded:
             now = time.perf_counter()
