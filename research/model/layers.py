@@ -21,8 +21,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        size = x.shape[-1]
-        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(size).add_(eps).rsqrt_()
+        inverse = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         unit = x * inverse
         ctx.save_for_backward(unit, weight, inverse)
         return unit * weight
@@ -75,16 +74,18 @@ class FeedForward(nn.Module):
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
-def rotary_frequencies(width: int, theta: float, yarn: YarnConfig | None = None, device: torch.device | str = "cpu") -> Tensor:
-    """Radians per position of each rotary pair, float64 (R / 2,): theta^(-2i / R).
+def rotary_frequencies(
+    width: int, theta: float, yarn: YarnConfig | None = None, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Radians per position of each rotary pair, (R / 2,): theta^(-2i / R), each step in `dtype` and in the released code's order.
 
     YaRN (V2 section 3.1.4) divides those of slow pairs by its factor.  Pair i turns L theta^(-2i / R) / (2 pi)
     times over the original length L: up to the last whole i that turns beta_fast times it is left alone, from the
     first that turns beta_slow times it is divided wholly, and in between the two are mixed along a straight line.
     """
-    frequencies = theta ** (-torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
+    pair_periods = theta ** (torch.arange(0, width, 2, dtype=dtype, device=device) / width)
     if yarn is None:
-        return frequencies
+        return 1.0 / pair_periods
 
     def pair_turning(times: float) -> float:
         return width * math.log(yarn.original_max_position_embeddings / (times * 2 * math.pi)) / (2 * math.log(theta))
@@ -92,21 +93,21 @@ def rotary_frequencies(width: int, theta: float, yarn: YarnConfig | None = None,
     low = max(math.floor(pair_turning(yarn.beta_fast)), 0)
     # The bound is R - 1, although there are only R / 2 pairs: so it is in the released code.
     high = min(math.ceil(pair_turning(yarn.beta_slow)), width - 1)
-    pairs = torch.arange(width // 2, dtype=torch.float64, device=device)
-    stretched = ((pairs - low) / (high - low if high != low else 0.001)).clamp(0, 1)
-    return frequencies * (1 - stretched) + frequencies / yarn.factor * stretched
+    pairs = torch.arange(width // 2, dtype=dtype, device=device)
+    kept = 1 - ((pairs - low) / (high - low if high != low else 0.001)).clamp(0, 1)
+    return 1.0 / (yarn.factor * pair_periods) * (1 - kept) + 1.0 / pair_periods * kept
 
 
 def rotary_table(positions: Tensor, width: int, theta: float, dtype: torch.dtype = torch.float32, yarn: YarnConfig | None = None) -> Tensor:
     """e^(i angle), complex (T, R / 2), of `positions` (T,): pair i turns by position * its frequency, and is
     lengthened by YaRN's `rotary_scale`, 1 as published.
 
-    The angle is taken in float64, so that distant positions keep their precision; the table is complex64,
-    or complex128 for a `dtype` of float64.
+    Angles are taken in float32 (float64 for a `dtype` of float64), as the released models were trained with them:
+    at position 2,048 a more precise angle already moves the logits by 2e-5.  The table is complex64 or complex128.
     """
-    angles = positions.to(torch.float64)[:, None] * rotary_frequencies(width, theta, yarn, positions.device)
-    length = torch.full_like(angles, yarn.rotary_scale if yarn is not None else 1.0)
-    return torch.polar(length, angles).to(torch.complex128 if dtype == torch.float64 else torch.complex64)
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    angles = positions.to(dtype)[:, None] * rotary_frequencies(width, theta, yarn, dtype, positions.device)
+    return torch.polar(torch.ones_like(angles), angles) * (yarn.rotary_scale if yarn is not None else 1.0)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:

@@ -49,10 +49,10 @@ def small(*, q=9, limit=None, dense=1, shared=1, scaling=1.0, yarn=None, tied=Fa
     )
 
 
-def random_model(config, dtype=torch.float32, seed=0):
+def random_model(config, dtype=torch.float32, seed=0, experts=0.35):
     """Activations of order one whatever the sizes, logits somewhat less; gains away from 1; gates wide enough that no two experts tie.
 
-    The experts' outputs are smaller, as a routed_scaling_factor of 16 is meant for 160 of them: over 9 it would make
+    The experts' outputs are smaller, as a routed_scaling_factor of 16 is meant for 160 of them: over 9 (`experts=1.0`) it makes
     a few tokens so ill-conditioned that either implementation is 1e-5 away from its own float64 values.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -63,7 +63,7 @@ def random_model(config, dtype=torch.float32, seed=0):
             if parameter.ndim == 1:
                 parameter.copy_(1 + 0.2 * noise)
             else:
-                width = {"gate": 2.0, "lm_head": 0.5, "embed_tokens": 0.5, "experts": 0.35}.get(name.split(".")[-2], 1.0)
+                width = {"gate": 2.0, "lm_head": 0.5, "embed_tokens": 0.5, "experts": experts}.get(name.split(".")[-2], 1.0)
                 parameter.copy_(noise * width / math.sqrt(parameter.shape[-1]))
     return model.to(dtype)
 
