@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from research.config import DataConfig, ModelConfig, RunConfig, TrainingConfig, config_id, to_dict
+from research.config import AttentionConfig, DataConfig, ModelConfig, RunConfig, TrainingConfig, config_id, to_dict
 from research.data.prepare import prepare
 from research.data.tokenizer import END_OF_TEXT
 from research.errors import CheckpointError, ConfigError, UserError
@@ -55,6 +55,7 @@ def export_run(run: Path, out: Path) -> None:
     """
     _refuse_taken(out)
     model, config = load_model(run)
+    _refuse_odd_offsets(config.model.attention)
     about = config_to_hf(config.model, max_position_embeddings=config.data.sequence_length)
     tokenizer = run_tokenizer(run, config)
     end = tokenizer.token_to_id(END_OF_TEXT)
@@ -72,6 +73,14 @@ def export_run(run: Path, out: Path) -> None:
         # Copies, because the matrices of the experts are parts of one tensor, which the format does not hold.
         tensors = {name: tensor.clone() for name, tensor in to_hf_state_dict(model, per_expert=True).items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _refuse_odd_offsets(attention: AttentionConfig) -> None:
+    """transformers (5.23) views rotary parts as complex numbers where they lie: behind an odd width it raises in its first forward pass."""
+    widths = {name: getattr(attention, name) for name in ("qk_nope_head_dim", "kv_lora_rank")}
+    odd = [f"attention.{name} = {width}: transformers can only run even widths" for name, width in widths.items() if width % 2]
+    if odd and attention.kind == "mla":
+        raise ConfigError(*odd)
 
 
 def import_run(source: Path, out: Path) -> RunConfig:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from odd_models import YARN, random_model, small
+from odd_models import YARN, its_twin, random_model, small
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV2ForCausalLM
 
 from research.__main__ import main
@@ -125,3 +125,14 @@ def test_commands_export_import_and_generate(tmp_path, tokenizer, command):
         code, out, _ = command(name, "--help")
         assert code == 0
         assert f"python -m research {name}" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("sizes", [{"nope": 5}, {"latent": 9}])
+def test_widths_that_transformers_cannot_run_are_not_exported(tmp_path, tokenizer, sizes):
+    config = small(vocab=283, **sizes)
+    saved_run(tmp_path / "run", tokenizer, config)
+    with pytest.raises(RuntimeError), torch.no_grad():
+        its_twin(random_model(config))(torch.zeros(1, 5, dtype=torch.long))  # the day it can, the refusal has lost its reason
+    with pytest.raises(ConfigError, match="even widths"):
+        export_run(tmp_path / "run", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
