@@ -43,6 +43,21 @@ def softmax_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor
     return out[..., :width]
 
 
+FEW = 8
+"""New positions up to which the decoding kernel is taken, which stacks them and the heads into one product."""
+
+
+def expansion_pays(config: AttentionConfig) -> float:
+    """New positions m from which rebuilding keys and values costs no more multiplications than attending to the latents.
+
+    Of S positions, m of them new, the expanded form rebuilds S (N + V) C H and takes m S (N + R + V) H for scores and
+    values; the absorbed one takes m S (2 C + R) H.  171 for V2 and V2-Lite; never where the latent is narrow (2 C <= N + V), as
+    in the scaled family but for nano: there the absorbed form is the cheaper one in training too.
+    """
+    surplus = 2 * config.kv_lora_rank - config.qk_nope_head_dim - config.v_head_dim
+    return config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim) / surplus if surplus > 0 else math.inf
+
+
 def head_sizes(config: AttentionConfig) -> functions.Sizes:
     """Heads and widths as the kernels want them."""
     groups = config.num_attention_heads if config.kind == "mla" else config.key_value_heads
@@ -81,10 +96,13 @@ class MultiHeadLatentAttention(nn.Module):
         if cache is not None and place is not None:
             latent, key_rope = cache.append(place, latent, key_rope)
             visible = place.visible
-        if visible is None and native.usable(query, latent, key_rope):
-            return self.o_proj(functions.latent_attention(query, self.kv_b_proj(latent), key_rope, table, head_sizes(self.config), self.scale))
+        pays = expansion_pays(self.config)
+        if native.usable(query, latent, key_rope):
+            absorbed = pays == math.inf if visible is None else x.shape[1] < pays
+            return self.o_proj(self._by_kernels(query, latent, key_rope, table, None if visible is None else place, absorbed=absorbed))
         query_nope, query_rope = self._split(query, table)
-        attend = self.expanded if visible is None else self.absorbed
+        # In plain PyTorch only the expanded form has a fused kernel that holds no (T, T) matrix.
+        attend = self.absorbed if visible is not None and x.shape[1] < pays else self.expanded
         heads = attend(query_nope, query_rope, latent, key_rope, visible)
         return self.o_proj(heads.transpose(1, 2).flatten(2))
 
@@ -110,6 +128,16 @@ class MultiHeadLatentAttention(nn.Module):
             visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         probability = (scores * self.scale).masked_fill(~visible, -math.inf).softmax(-1, dtype=at_least_float32(scores).dtype).to(latent.dtype)
         return torch.einsum("bhtc,hvc->bhtv", torch.einsum("bhts,bsc->bhtc", probability, latent), up_value)
+
+    def _by_kernels(self, query: Tensor, latent: Tensor, key_rope: Tensor, table: Tensor, place: Place | None, *, absorbed: bool) -> Tensor:
+        """(B, T, H V) of query (B, T, H (N + R)), not yet turned, latent (B, S, C) and rotary key (B, S, R)."""
+        sizes, weight = head_sizes(self.config), self.kv_b_proj.weight
+        before = None if place is None else place.positions[:, 0].contiguous()
+        if place is not None and query.shape[1] <= FEW:
+            return functions.latent_decode(query, latent, key_rope, weight, table, place.positions, sizes, self.scale)
+        if absorbed:
+            return functions.absorbed_attention(query, latent, key_rope, weight, table, sizes, self.scale, before=before)
+        return functions.latent_attention(query, self.kv_b_proj(latent), key_rope, table, sizes, self.scale, before=before)
 
     def _query(self, x: Tensor) -> Tensor:
         """(B, T, H (N + R)), not yet turned."""

@@ -157,6 +157,53 @@ def test_latent_attention(batch, length, heads, nope, rope, value, documents, ya
     inputs = [normal(*shape, seed=seed + i) for i, shape in enumerate(shapes)]
     agree(lambda q, kv, kr: functions.latent_attention(q, kv, kr, tables[torch.float32], sizes, 0.7, first), exact, inputs)
 
+    # The absorbed form is the same function of the latent and the weight that rebuilds keys and values.
+    weight = normal(heads * (nope + value), rank := 3, seed=seed + 9)
+    agree(
+        lambda q, c, kr, w: functions.absorbed_attention(q, c, kr, w, tables[torch.float32], sizes, 0.7, first),
+        lambda q, c, kr, w: exact(q, c @ w.T, kr),
+        [inputs[0], normal(batch, length, rank, seed=seed + 7), inputs[2], weight],
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 130), min_size=1, max_size=3),
+    new=st.integers(1, 40),
+    heads=st.integers(1, 4),
+    nope=st.integers(0, 5),
+    value=st.integers(1, 5),
+    rank=st.integers(1, 9),
+    chunk=st.sampled_from([1, 2**11, 2**18]),
+    seed=st.integers(0, 99),
+)
+def test_new_positions_over_a_cache_of_unequal_lengths(lengths, new, heads, nope, value, rank, chunk, seed):
+    """All three forms, against a softmax over the rows that each position may see."""
+    batch, end, sizes = len(lengths), max(lengths) + new, functions.Sizes(heads, heads, nope, 2, value)
+    before = torch.tensor(lengths)
+    positions = before[:, None] + torch.arange(new)
+    query, weight = normal(batch, new, heads * (nope + 2), seed=seed), normal(heads * (nope + value), rank, seed=seed + 1)
+    room = normal(batch, end + 5, rank + 2, seed=seed + 2)  # a cache is longer than what is filled, and its rows may have other widths
+    latent, key_rope = room[:, :end, :rank], room[:, :end, rank:]
+    table = rotary_table(positions.flatten(), 2, 100.0).unflatten(0, positions.shape)[:, None]
+    turned = query.double().unflatten(-1, (heads, -1)).transpose(1, 2)
+    turned = torch.cat((turned[..., :nope], rotate(turned[..., nope:], table.to(torch.complex128))), -1)
+    rebuilt = (latent.double() @ weight.double().T).unflatten(-1, (heads, -1)).transpose(1, 2)
+    key = torch.cat((rebuilt[..., :nope], key_rope.double()[:, None].expand(-1, heads, -1, -1)), -1)
+    visible = (torch.arange(end) <= positions[..., None])[:, None]
+    wanted = ((turned @ key.transpose(2, 3) * 0.7).masked_fill(~visible, -math.inf).softmax(-1) @ rebuilt[..., nope:]).transpose(1, 2).flatten(2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functions, "CHUNK_BYTES", chunk)
+        said = {
+            "decode": functions.latent_decode(query, latent, key_rope, weight, table, positions, sizes, 0.7),
+            "absorbed": functions.absorbed_attention(query, latent, key_rope, weight, table, sizes, 0.7, before=before),
+            "expanded": functions.latent_attention(query, latent @ weight.T, key_rope, table, sizes, 0.7, before=before),
+        }
+    for form, out in said.items():
+        torch.testing.assert_close(
+            out.double(), wanted, atol=3e-6 * float(wanted.abs().max()), rtol=1e-5, msg=lambda text, form=form: f"{form}: {text}"
+        )
+
 
 @settings(max_examples=20, deadline=None)
 @given(

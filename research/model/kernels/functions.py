@@ -128,6 +128,8 @@ class _Shape(ctypes.Structure):
         ("turn_keys", ctypes.c_int64),
         ("first", ctypes.c_void_p),
         ("block", ctypes.c_int64),
+        ("S", ctypes.c_int64),
+        ("before", ctypes.c_void_p),
     )
 
 
@@ -140,29 +142,27 @@ class Sizes(NamedTuple):
     rope: int
     value: int
 
+    @property
+    def key(self) -> int:
+        return self.nope + self.rope
 
-def _operand(array: Tensor, width: int, offset: int = 0, *, shared: bool = False) -> Any:
-    """Heads of `width` one after the other in the rows of array (B, T, ...); one for all heads if `shared`."""
-    data = ctypes.c_void_p(array.data_ptr() + 4 * offset)
-    return ctypes.byref(_Operand(data, array.stride(0), array.stride(1), 0 if shared else width))
+
+def _operand(array: Tensor, width: int, offset: int = 0) -> Any:
+    """Heads of `width` one after the other in the rows of array (B, T, ...), from element `offset` on; width 0: one for all heads."""
+    return ctypes.byref(_Operand(array.data_ptr() + 4 * offset, array.stride(0), array.stride(1), width))
 
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key_value: Tensor, key_rope: Tensor | None, value: Tensor | None, table: Tensor, first: Tensor | None,
-                sizes: Sizes, scale: float) -> Tensor:  # fmt: skip
-        query, key_value = query.contiguous(), key_value.contiguous()
-        key_rope = None if key_rope is None else key_rope.contiguous()
+                before: Tensor | None, sizes: Sizes, scale: float) -> Tensor:  # fmt: skip
+        query, key_value, table = query.contiguous(), key_value.contiguous(), _turns(table)
+        key_rope = None if key_rope is None else _rows(key_rope)
         value = None if value is None else value.contiguous()
-        table = torch.view_as_real(table.resolve_conj()).contiguous()
-        batch, length = query.shape[:2]
-        out = query.new_empty(batch, length, sizes.heads * sizes.value)
-        lse = query.new_empty(batch, sizes.heads, length)
-        block, width = min(QUERIES, length), sizes.nope + sizes.rope
-        scratch = query.new_empty(length * (2 * width + block))
-        shape = _shape(query, table, first, sizes, scale, block, turn_keys=value is not None)
+        out = query.new_empty(*query.shape[:2], sizes.heads * sizes.value)
         operands = (*_inputs(query, key_value, key_rope, value, sizes), _operand(out, sizes.value))
-        _c().attention_forward(ctypes.byref(shape), *operands, _pointer(lse), _pointer(scratch))
+        shape = _shape(query, key_value, table, first, before, sizes, scale, turn_keys=value is not None)
+        lse = _attend(shape, operands, query)
         ctx.save_for_backward(query, key_value, key_rope, value, table, first, out, lse)
         ctx.sizes, ctx.scale = sizes, scale
         return out
@@ -172,56 +172,187 @@ class _CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key_value, key_rope, value, table, first, out, lse = ctx.saved_tensors
         sizes: Sizes = ctx.sizes
-        gradient, length = gradient.contiguous(), query.shape[1]
-        grads = tuple(None if x is None else torch.empty_like(x) for x in (query, key_value, key_rope, value))
-        block, width = min(QUERIES, length), sizes.nope + sizes.rope
-        scratch = query.new_empty(length * (4 * width + sizes.value + 2 * block))
-        shape = _shape(query, table, first, sizes, ctx.scale, block, turn_keys=value is not None)
-        _c().attention_backward(
-            ctypes.byref(shape), *_inputs(query, key_value, key_rope, value, sizes), _operand(out, sizes.value), _pointer(lse),
-            _operand(gradient, sizes.value), *_inputs(grads[0], grads[1], grads[2], grads[3], sizes), _pointer(scratch),
-        )  # fmt: skip
-        return *grads, None, None, None, None
+        dquery, dkey_value = torch.empty_like(query), torch.empty_like(key_value)
+        dkey_rope = None if key_rope is None else key_rope.new_empty(key_rope.shape)
+        dvalue = None if value is None else torch.empty_like(value)
+        operands = (*_inputs(query, key_value, key_rope, value, sizes), _operand(out, sizes.value))
+        shape = _shape(query, key_value, table, first, None, sizes, ctx.scale, turn_keys=value is not None)
+        grads = _inputs(dquery, dkey_value, dkey_rope, dvalue, sizes)
+        _attend_backward(shape, operands, lse, _operand(gradient.contiguous(), sizes.value), grads, query)
+        return dquery, dkey_value, dkey_rope, dvalue, None, None, None, None, None
+
+
+class _AbsorbedAttention(torch.autograd.Function):
+    """Multi-query attention of H absorbed queries to the latents themselves, then W^UV of each head."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, latent: Tensor, key_rope: Tensor, weight: Tensor, table: Tensor, first: Tensor | None,
+                before: Tensor | None, sizes: Sizes, scale: float) -> Tensor:  # fmt: skip
+        query, latent, key_rope, table = query.contiguous(), _rows(latent), _rows(key_rope), _turns(table)
+        (batch, length), (heads, _, nope, _, value), rank = query.shape[:2], sizes, latent.shape[-1]
+        absorbed, context = query.new_empty(batch, length, heads * rank), query.new_empty(batch, length, heads * rank)
+        inner = sizes._replace(groups=1, nope=rank, value=rank)
+        up_key, up_value = _up_projections(weight, sizes)
+        _heads("NN", heads, (batch * length, rank, nope), _per_head(query, sizes.key), up_key, _per_head(absorbed, rank))
+        operands = (*_absorbed_inputs(absorbed, query, latent, key_rope, latent, sizes, rank), _operand(context, rank))
+        lse = _attend(_shape(query, latent, table, first, before, inner, scale, turn_keys=False), operands, query)
+        out = query.new_empty(batch, length, heads * value)
+        _heads("NT", heads, (batch * length, value, rank), _per_head(context, rank), up_value, _per_head(out, value))
+        ctx.save_for_backward(query, latent, key_rope, weight, table, first, absorbed, context, lse)
+        ctx.sizes, ctx.scale = sizes, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, latent, key_rope, weight, table, first, absorbed, context, lse = ctx.saved_tensors
+        sizes: Sizes = ctx.sizes
+        gradient = gradient.contiguous()
+        (batch, length), (heads, _, nope, _, value), rank = query.shape[:2], sizes, latent.shape[-1]
+        tokens, inner = batch * length, sizes._replace(groups=1, nope=rank, value=rank)
+        up_key, up_value = _up_projections(weight, sizes)
+        dweight, dquery = torch.empty_like(weight), torch.empty_like(query)
+        dup_key, dup_value = _up_projections(dweight, sizes)
+        dcontext, dabsorbed = torch.empty_like(context), torch.empty_like(absorbed)
+        dlatent, dlatent_value, dkey_rope = latent.new_empty(latent.shape), latent.new_empty(latent.shape), key_rope.new_empty(key_rope.shape)
+        _heads("NN", heads, (tokens, rank, value), _per_head(gradient, value), up_value, _per_head(dcontext, rank))
+        _heads("TN", heads, (value, rank, tokens), _per_head(gradient, value), _per_head(context, rank), dup_value)
+        operands = (*_absorbed_inputs(absorbed, query, latent, key_rope, latent, sizes, rank), _operand(context, rank))
+        shape = _shape(query, latent, table, first, None, inner, ctx.scale, turn_keys=False)
+        grads = _absorbed_inputs(dabsorbed, dquery, dlatent, dkey_rope, dlatent_value, sizes, rank)
+        _attend_backward(shape, operands, lse, _operand(dcontext, rank), grads, query)
+        _heads("NT", heads, (tokens, nope, rank), _per_head(dabsorbed, rank), up_key, _per_head(dquery, sizes.key))
+        _heads("TN", heads, (nope, rank, tokens), _per_head(query, sizes.key), _per_head(dabsorbed, rank), dup_key)
+        return dquery, dlatent.add_(dlatent_value), dkey_rope, dweight, None, None, None, None, None
 
 
 def latent_attention(
-    query: Tensor, key_value: Tensor, key_rope: Tensor, table: Tensor, sizes: Sizes, scale: float, first: Tensor | None = None
+    query: Tensor,
+    key_value: Tensor,
+    key_rope: Tensor,
+    table: Tensor,
+    sizes: Sizes,
+    scale: float,
+    first: Tensor | None = None,
+    before: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of MLA in its expanded form, from the projections as they come.
 
-    query (B, T, H (N + R)), its rotary parts not yet turned; key_value (B, T, H (N + V)) rebuilt from the latent;
-    key_rope (B, T, R), turned, one for all heads; table complex (T, R / 2) or (B, 1, T, R / 2);
-    first (int32, B, T): the first position that each position may see, never decreasing -> (B, T, H V).
+    query (B, T, H (N + R)), its rotary parts not yet turned; key_value (B, S, H (N + V)) rebuilt from the latent;
+    key_rope (B, S, R), turned, one for all heads; table complex (T, R / 2) or (B, 1, T, R / 2);
+    first (int32, B, T): the first position that each position may see, never decreasing;
+    before (int64, B): keys before the first query, where S is more than T (without gradients only) -> (B, T, H V).
     """
-    return _CausalAttention.apply(query, key_value, key_rope, None, table, first, sizes, scale)
+    return _CausalAttention.apply(query, key_value, key_rope, None, table, first, before, sizes, scale)
+
+
+def absorbed_attention(
+    query: Tensor,
+    latent: Tensor,
+    key_rope: Tensor,
+    weight: Tensor,
+    table: Tensor,
+    sizes: Sizes,
+    scale: float,
+    first: Tensor | None = None,
+    before: Tensor | None = None,
+) -> Tensor:
+    """The same function in the absorbed form: latent (B, S, C) and weight (H (N + V), C) of kv_b_proj instead of what they make."""
+    return _AbsorbedAttention.apply(query, latent, key_rope, weight, table, first, before, sizes, scale)
 
 
 def grouped_attention(query: Tensor, key: Tensor, value: Tensor, table: Tensor, sizes: Sizes, scale: float, first: Tensor | None = None) -> Tensor:
     """Causal attention with `groups` key and value heads: query (B, T, H (N + R)) and key (B, T, groups (N + R)), neither
     turned yet, value (B, T, groups V) -> (B, T, H V); the rest as in `latent_attention`."""
-    return _CausalAttention.apply(query, key, None, value, table, first, sizes, scale)
+    return _CausalAttention.apply(query, key, None, value, table, first, None, sizes, scale)
 
 
-def _inputs(query: Tensor | None, key_value: Tensor | None, key_rope: Tensor | None, value: Tensor | None, sizes: Sizes) -> tuple[Any, ...]:
-    """Operands: query and key, both without and with rotation, and value."""
-    assert query is not None
-    assert key_value is not None
-    width = sizes.nope + sizes.rope
-    queries = (_operand(query, width), _operand(query, width, sizes.nope))
+CHUNK_BYTES = 2**18
+"""Of cached rows that decoding looks at at a time: they stay in the second-level cache between the two products."""
+
+
+def latent_decode(
+    query: Tensor, latent: Tensor, key_rope: Tensor, weight: Tensor, table: Tensor, positions: Tensor, sizes: Sizes, scale: float
+) -> Tensor:
+    """`absorbed_attention` for a few new positions (int64, B, T) over a cache, each of which sees the rows up to its own; no gradients."""
+    query, latent, key_rope, table, positions = query.contiguous(), _rows(latent), _rows(key_rope), _turns(table), positions.contiguous()
+    (batch, length), (heads, _, nope, rope, value), rank = query.shape[:2], sizes, latent.shape[-1]
+    chunk = max(16, min(latent.shape[1], CHUNK_BYTES // (4 * (rank + rope))))
+    out = query.new_empty(batch, length, heads * value)
+    scratch = query.new_empty(length * heads * (3 * rank + rope + 2 + chunk))
+    _c().latent_decode(
+        _pointer(query), _pointer(table), _i(_per_batch(table, query)),
+        _pointer(latent), _i(latent.stride(0)), _i(latent.stride(1)), _pointer(key_rope), _i(key_rope.stride(0)), _i(key_rope.stride(1)),
+        *map(_pointer, (positions, weight, out, scratch)), ctypes.c_float(scale),
+        *map(_i, (batch, length, heads, nope, rope, value, rank, chunk)),
+    )  # fmt: skip
+    return out
+
+
+def _inputs(query: Tensor, key_value: Tensor, key_rope: Tensor | None, value: Tensor | None, sizes: Sizes) -> tuple[Any, ...]:
+    """Operands of the expanded form: query and key, both without and with rotation, and value."""
+    queries = (_operand(query, sizes.key), _operand(query, sizes.key, sizes.nope))
     if value is not None:
-        return *queries, _operand(key_value, width), _operand(key_value, width, sizes.nope), _operand(value, sizes.value)
+        return *queries, _operand(key_value, sizes.key), _operand(key_value, sizes.key, sizes.nope), _operand(value, sizes.value)
     assert key_rope is not None
     rebuilt = sizes.nope + sizes.value
-    return *queries, _operand(key_value, rebuilt), _operand(key_rope, 0, shared=True), _operand(key_value, rebuilt, sizes.nope)
+    return *queries, _operand(key_value, rebuilt), _operand(key_rope, 0), _operand(key_value, rebuilt, sizes.nope)
 
 
-def _shape(query: Tensor, table: Tensor, first: Tensor | None, sizes: Sizes, scale: float, block: int, *, turn_keys: bool) -> _Shape:
-    per_batch = 0 if table.shape[0] != query.shape[0] or table.ndim == 3 else table.stride(0)
-    first_at = None if first is None else first.data_ptr()
+def _absorbed_inputs(absorbed: Tensor, query: Tensor, latent: Tensor, key_rope: Tensor, value: Tensor, sizes: Sizes, rank: int) -> tuple[Any, ...]:
+    queries = (_operand(absorbed, rank), _operand(query, sizes.key, sizes.nope))
+    return *queries, _operand(latent, 0), _operand(key_rope, 0), _operand(value, 0)
+
+
+def _shape(query: Tensor, keys: Tensor, table: Tensor, first: Tensor | None, before: Tensor | None, sizes: Sizes, scale: float, *,
+           turn_keys: bool) -> _Shape:  # fmt: skip
+    batch, length = query.shape[:2]
     return _Shape(
-        query.shape[0], sizes.heads, sizes.groups, query.shape[1], sizes.nope, sizes.rope, sizes.value,
-        scale, table.data_ptr(), per_batch, turn_keys, first_at, block,
+        batch, sizes.heads, sizes.groups, length, sizes.nope, sizes.rope, sizes.value, scale, table.data_ptr(), _per_batch(table, query), turn_keys,
+        _pointer(first), min(QUERIES, length), keys.shape[1], _pointer(before),
     )  # fmt: skip
+
+
+def _attend(shape: _Shape, operands: tuple[Any, ...], like: Tensor) -> Tensor:
+    lse = like.new_empty(shape.B, shape.H, shape.T)
+    width = shape.N + shape.R
+    scratch = like.new_empty(shape.T * width + shape.S * (width + shape.block))
+    _c().attention_forward(ctypes.byref(shape), *operands, _pointer(lse), _pointer(scratch))
+    return lse
+
+
+def _attend_backward(shape: _Shape, operands: tuple[Any, ...], lse: Tensor, gradient: Any, grads: tuple[Any, ...], like: Tensor) -> None:
+    assert shape.S == shape.T
+    scratch = like.new_empty(shape.T * (4 * (shape.N + shape.R) + shape.V + 2 * shape.block))
+    _c().attention_backward(ctypes.byref(shape), *operands, _pointer(lse), gradient, *grads, _pointer(scratch))
+
+
+def _up_projections(weight: Tensor, sizes: Sizes) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """W^UK and W^UV inside kv_b_proj's (H (N + V), C): address, row stride, head stride."""
+    rank, per_head = weight.shape[1], (sizes.nope + sizes.value) * weight.shape[1]
+    return (weight.data_ptr(), rank, per_head), (weight.data_ptr() + 4 * sizes.nope * rank, rank, per_head)
+
+
+def _per_head(x: Tensor, width: int) -> tuple[int, int, int]:
+    """Heads of `width` beside each other in contiguous x (B, T, ...)."""
+    return x.data_ptr(), x.stride(1), width
+
+
+def _heads(transposed: str, heads: int, mnk: tuple[int, int, int], *operands: tuple[int, int, int]) -> None:
+    """C_h = op(A_h) op(B_h) of (m, k) and (k, n) for each head."""
+    ways = (ctypes.c_char(letter.encode()) for letter in transposed)
+    places = (part for address, row, head in operands for part in (ctypes.c_void_p(address), _i(row), _i(head)))
+    _c().heads_product(*ways, _i(heads), *map(_i, mnk), *places)
+
+
+def _turns(table: Tensor) -> Tensor:
+    """Complex (..., T, R / 2) as real (..., T, R / 2, 2)."""
+    return torch.view_as_real(table).contiguous()
+
+
+def _per_batch(table: Tensor, query: Tensor) -> int:
+    """Floats between one sequence's table and the next one's, of real table (T, R / 2, 2) or (B or 1, 1, T, R / 2, 2)."""
+    return table.stride(0) if table.ndim == 5 and table.shape[0] == query.shape[0] else 0
 
 
 def _i(value: int) -> ctypes.c_int64:

@@ -214,6 +214,8 @@ typedef struct {
     i64 turn_keys;
     const int32_t *first; /* (B, T) first position that each may see (never decreasing), or NULL for 0 */
     i64 block;            /* queries at a time */
+    i64 S;                /* keys; T where nothing came before */
+    const i64 *before;    /* (B) keys before the first query, or NULL for 0: query t sees keys up to before + t */
 } Shape;
 
 static void pack(const float *nope, i64 nope_row, const float *rope, i64 rope_row, const float *table, float scale, float *to, i64 T, i64 N, i64 R)
@@ -259,29 +261,31 @@ static void unpack(const float *from, const float *table, float scale, float *no
 
 static float *at(Operand o, i64 b, i64 h) { return o.data + b * o.batch + h * o.head; }
 
-/* out (B, T, H, V) and lse (B, H, T) of softmax(scale q k^T) v.  scratch: T (2 (N + R) + block) floats.
+/* out (B, T, H, V) and lse (B, H, T) of softmax(scale q k^T) v.  scratch: T (N + R) + S (N + R + block) floats.
+   Keys are turned by the queries' table, so `turn_keys` goes with S = T.
    A block of queries takes all its keys at once: no running maximum, and one product of good size each. */
 void attention_forward(const Shape *s, const Operand *qn, const Operand *qr, const Operand *kn, const Operand *kr, const Operand *v, const Operand *out,
                        float *lse, float *scratch)
 {
-    i64 T = s->T, d = s->N + s->R;
-    float *q = scratch, *k = q + T * d, *p = k + T * d;
+    i64 T = s->T, S = s->S, d = s->N + s->R;
+    float *q = scratch, *k = q + T * d, *p = k + S * d;
     for (i64 b = 0; b < s->B; b++) {
         const float *table = s->table + b * s->table_batch;
         const int32_t *first = s->first ? s->first + b * T : 0;
+        i64 before = s->before ? s->before[b] : 0;
         for (i64 h = 0; h < s->H; h++) {
             i64 g = h / (s->H / s->groups);
             if (h % (s->H / s->groups) == 0)
-                pack(at(*kn, b, g), kn->row, at(*kr, b, g), kr->row, s->turn_keys ? table : 0, 1.0f, k, T, s->N, s->R);
+                pack(at(*kn, b, g), kn->row, at(*kr, b, g), kr->row, s->turn_keys ? table : 0, 1.0f, k, S, s->N, s->R);
             pack(at(*qn, b, h), qn->row, at(*qr, b, h), qr->row, table, s->scale, q, T, s->N, s->R);
             for (i64 q0 = 0; q0 < T; q0 += s->block) {
-                i64 q1 = q0 + s->block < T ? q0 + s->block : T, lo = first ? first[q0] : 0, w = q1 - lo;
+                i64 q1 = q0 + s->block < T ? q0 + s->block : T, lo = first ? first[q0] : 0, w = (q1 + before < S ? q1 + before : S) - lo;
                 gemm('N', 'T', q1 - q0, w, d, 1.0f, q + q0 * d, d, k + lo * d, d, 0.0f, p, w);
                 float *o = at(*out, b, h) + q0 * out->row;
                 float sums[256];
                 for (i64 i = q0; i < q1; i++) {
                     float *restrict row = p + (i - q0) * w, sum = 0.0f;
-                    i64 from = (first ? first[i] : 0) - lo, to = i - lo + 1;
+                    i64 from = (first ? first[i] : 0) - lo, to = (i + before < S ? i + before + 1 : S) - lo; /* beyond S only padding asks */
                     float most = largest(row + from, to - from);
                     for (i64 j = from; j < to; j++) {
                         row[j] = exponential(row[j] - most);
@@ -347,5 +351,73 @@ void attention_backward(const Shape *s, const Operand *qn, const Operand *qr, co
                     memcpy(to + t * dv->row, dvalue + t * V, V * sizeof(float));
             }
         }
+    }
+}
+
+/* ---- Absorbed attention over a cache ---- */
+
+/* C_h = op(A_h) op(B_h) for every head: operands begin a head's width apart. */
+void heads_product(char ta, char tb, i64 heads, i64 m, i64 n, i64 k, const float *a, i64 lda, i64 a_head, const float *b, i64 ldb, i64 b_head, float *c,
+                   i64 ldc, i64 c_head)
+{
+    for (i64 h = 0; h < heads; h++) gemm(ta, tb, m, n, k, 1.0f, a + h * a_head, lda, b + h * b_head, ldb, 0.0f, c + h * c_head, ldc);
+}
+
+/* The absorbed form for a few new positions (V2 section 2.1): every head attends to the latent rows themselves.
+   query (B, T, H, N + R), its rotary parts not yet turned; table (B or 1, T, R); latent rows (C) and rotary keys (R) of the cache, with their strides;
+   position (B, T) of each query, which sees the rows up to it; weight (H, N + V, C) of kv_b_proj -> out (B, T, H, V).
+   Rows are taken `chunk` at a time with a running maximum, so that each is fetched from memory once for all heads.
+   scratch: T H (3 C + R + 2 + chunk) floats. */
+void latent_decode(const float *query, const float *table, i64 table_batch, const float *latent, i64 latent_batch, i64 latent_row, const float *rope,
+                   i64 rope_batch, i64 rope_row, const i64 *position, const float *weight, float *out, float *scratch, float scale, i64 B, i64 T, i64 H,
+                   i64 N, i64 R, i64 V, i64 C, i64 chunk)
+{
+    i64 rows = T * H;
+    float *qc = scratch, *qr = qc + rows * C, *sum = qr + rows * R, *fresh = sum + rows * C, *most = fresh + rows * C, *total = most + rows, *p = total + rows;
+    for (i64 b = 0; b < B; b++) {
+        const float *q = query + b * T * H * (N + R), *c = latent + b * latent_batch, *kr = rope + b * rope_batch;
+        for (i64 h = 0; h < H; h++)
+            gemm('N', 'N', T, C, N, scale, q + h * (N + R), H * (N + R), weight + h * (N + V) * C, C, 0.0f, qc + h * C, H * C);
+        for (i64 t = 0; t < T; t++)
+            for (i64 h = 0; h < H; h++)
+                pack(q, 0, q + (t * H + h) * (N + R) + N, 0, table + b * table_batch + t * R, scale, qr + (t * H + h) * R, 1, 0, R);
+        i64 end = 0;
+        for (i64 t = 0; t < T; t++) end = position[b * T + t] + 1 > end ? position[b * T + t] + 1 : end;
+        for (i64 r = 0; r < rows; r++) {
+            most[r] = -INFINITY;
+            total[r] = 0.0f;
+        }
+        memset(sum, 0, rows * C * sizeof(float));
+        for (i64 lo = 0; lo < end; lo += chunk) {
+            i64 w = end - lo < chunk ? end - lo : chunk;
+            gemm('N', 'T', rows, w, C, 1.0f, qc, C, c + lo * latent_row, latent_row, 0.0f, p, w);
+            gemm('N', 'T', rows, w, R, 1.0f, qr, R, kr + lo * rope_row, rope_row, 1.0f, p, w);
+            for (i64 r = 0; r < rows; r++) {
+                float *restrict row = p + r * w, add = 0.0f;
+                i64 to = position[b * T + r / H] + 1 - lo;
+                to = to < 0 ? 0 : to > w ? w : to;
+                for (i64 j = to; j < w; j++) row[j] = 0.0f;
+                if (to == 0)
+                    continue;
+                float top = largest(row, to), before = most[r];
+                if (!(top > before)) top = before;
+                for (i64 j = 0; j < to; j++) {
+                    row[j] = exponential(row[j] - top);
+                    add += row[j];
+                }
+                float fade = before == -INFINITY ? 0.0f : exponential(before - top);
+                total[r] = total[r] * fade + add;
+                most[r] = top;
+                for (i64 j = 0; j < C; j++) sum[r * C + j] *= fade;
+            }
+            gemm('N', 'N', rows, C, w, 1.0f, p, w, c + lo * latent_row, latent_row, 0.0f, fresh, C);
+            for (i64 j = 0; j < rows * C; j++) sum[j] += fresh[j];
+        }
+        for (i64 r = 0; r < rows; r++) {
+            float share = 1.0f / total[r];
+            for (i64 j = 0; j < C; j++) sum[r * C + j] *= share;
+        }
+        for (i64 h = 0; h < H; h++)
+            gemm('N', 'T', T, V, C, 1.0f, sum + h * C, H * C, weight + (h * (N + V) + N) * C, C, 0.0f, out + (b * T * H + h) * V, H * V);
     }
 }
