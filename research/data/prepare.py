@@ -64,6 +64,14 @@ class PreparedData:
     def vocab_size(self) -> int:
         return int(self.manifest["vocab_size"])
 
+    @cached_property
+    def end_of_text(self) -> int:
+        """The token after each block."""
+        token = self.tokenizer().token_to_id(END_OF_TEXT)
+        if token is None:
+            raise DataError(f"{self.directory}/tokenizer.json: has no token {END_OF_TEXT}")
+        return int(token)
+
     def train_tokens(self, domain: str) -> np.ndarray:
         """uint16 or uint32 (tokens,), blocks separated by the end-of-text token."""
         return self._array(f"train-{domain}")

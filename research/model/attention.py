@@ -42,6 +42,12 @@ def softmax_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor
     return out[..., :width]
 
 
+def document_mask(documents: Tensor) -> Tensor:
+    """Document indices (B, T) -> bool (B, 1, T, T): what each query sees, which is its own document up to itself."""
+    same = documents[:, None, :, None] == documents[:, None, None, :]
+    return same.tril()
+
+
 class MultiHeadLatentAttention(nn.Module):
     """u_t = W^O [o_t1; ...; o_tH], with keys and values rebuilt from one latent c^KV per position.
 
@@ -66,15 +72,18 @@ class MultiHeadLatentAttention(nn.Module):
         self.o_proj = nn.Linear(heads * a.v_head_dim, d, bias=False)
         self.scale = softmax_scale(a)
 
-    def forward(self, x: Tensor, table: Tensor, cache: LayerCache | None = None, place: Place | None = None) -> Tensor:
-        """x (B, T, D) -> (B, T, D); with a cache, x holds the positions of `place` and attends to what the cache gives back."""
+    def forward(self, x: Tensor, table: Tensor, cache: LayerCache | None = None, place: Place | None = None, visible: Tensor | None = None) -> Tensor:
+        """x (B, T, D) -> (B, T, D); with a cache, x holds the positions of `place` and attends to what the cache gives back.
+
+        visible: bool, broadcast to (B, H, T, T), for sequences that are new as a whole; None: causal.
+        """
         query_nope, query_rope = self._queries(x, table)
         latent, key_rope = self._latent(x, table)
-        visible = None
+        attend = self.expanded
         if cache is not None and place is not None:
             latent, key_rope = cache.append(place, latent, key_rope)
-            visible = place.visible
-        attend = self.expanded if visible is None else self.absorbed
+            if place.visible is not None:
+                visible, attend = place.visible, self.absorbed
         heads = attend(query_nope, query_rope, latent, key_rope, visible)
         return self.o_proj(heads.transpose(1, 2).flatten(2))
 
@@ -128,16 +137,18 @@ class GroupedAttention(nn.Module):
         self.o_proj = nn.Linear(a.num_attention_heads * a.v_head_dim, d, bias=False)
         self.scale = softmax_scale(a)
 
-    def forward(self, x: Tensor, table: Tensor, cache: LayerCache | None = None, place: Place | None = None) -> Tensor:
-        """x (B, T, D) -> (B, T, D); with a cache, x holds the positions of `place` and attends to what the cache gives back."""
+    def forward(self, x: Tensor, table: Tensor, cache: LayerCache | None = None, place: Place | None = None, visible: Tensor | None = None) -> Tensor:
+        """x (B, T, D) -> (B, T, D); with a cache, x holds the positions of `place` and attends to what the cache gives back.
+
+        visible: bool, broadcast to (B, H, T, T), for sequences that are new as a whole; None: causal.
+        """
         a = self.config
         query = self._rotated(self.q_proj(x), a.num_attention_heads, table)
         key = self._rotated(self.k_proj(x), a.key_value_heads, table)
         value = self.v_proj(x).unflatten(-1, (a.key_value_heads, -1)).transpose(1, 2)
-        visible = None
         if cache is not None and place is not None:
             key, value = cache.append(place, key, value)
-            visible = place.visible
+            visible = place.visible if place.visible is not None else visible
         return self.o_proj(softmax_attention(query, key, value, visible, scale=self.scale).transpose(1, 2).flatten(2))
 
     def _rotated(self, x: Tensor, heads: int, table: Tensor) -> Tensor:
