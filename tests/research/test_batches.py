@@ -100,15 +100,21 @@ def test_no_more_is_made_ahead_than_said():
     assert not threads()
 
 
-def test_batches_are_made_while_the_step_runs():
+def test_batches_are_made_while_the_step_runs_and_waiting_is_counted():
+    made = [threading.Event() for _ in range(10)]
+
     def make(step):
-        time.sleep(0.03)
+        time.sleep(0.03 if step == 0 else 0)
+        made[step].set()
         return numbers(step)
 
+    began = time.perf_counter()
     batches = Prefetcher(make, range(10), CPU)
-    for _ in batches:
-        time.sleep(0.05)
-    assert 0.03 <= batches.waited_seconds < 0.15, "the first was waited for; making all ten takes 0.3 s"
+    for step, _ in batches:
+        if step == 0:
+            assert 0.02 < batches.waited_seconds < time.perf_counter() - began
+        assert step == 9 or made[step + 1].wait(30), "the step is held up until the next batch is ready"
+    assert batches.waited_seconds < time.perf_counter() - began
 
 
 def test_an_error_comes_where_its_batch_is_asked_for():
