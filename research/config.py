@@ -263,6 +263,9 @@ class DataConfig:
     sequence_length: int = 256
     mixture: dict[str, float] = field(default_factory=dict)
     """Sampling weight per domain; empty: in proportion to size in tokens."""
+    mask_documents: bool = False
+    """Attention does not cross the end-of-text token, in training and in validation; false: a sequence sees all that was
+    packed into it.  A document here is a block of the corpus (at most 8,000 characters)."""
     max_train_megabytes: float | None = None
     """Cut each corpus to about this much text (deterministically, whole documents), domain shares kept."""
 

@@ -51,6 +51,21 @@ def domains(corpus: str) -> tuple[str, ...]:
     return tuple(sorted({SOURCES["sources"][source]["domain"] for source in SOURCES["corpora"][corpus]}))
 
 
+def sources_of(config: DataConfig) -> dict[str, list[dict[str, str | None]]]:
+    """Where the text of each domain is from: name, archive or file, licence (None: not stated) and what it is."""
+    if config.corpus == "files":
+        return {"text": [{"name": pattern, "from": pattern, "licence": None, "about": "the user's own text"} for pattern in config.paths]}
+    if config.corpus == "installed":
+        library = {"name": "standard library", "from": f"Python {sysconfig.get_python_version()}", "licence": "PSF-2.0"}
+        return {"code": [{**library, "about": "source without its docstrings"}], "en": [{**library, "about": "docstrings and reference topics"}]}
+    found: dict[str, list[dict[str, str | None]]] = {}
+    for name in SOURCES["corpora"][config.corpus]:
+        source = SOURCES["sources"][name]
+        archive = f"{source['archive']} {SOURCES['archives'][source['archive']]['version']}"
+        found.setdefault(source["domain"], []).append({"name": name, "from": archive, "licence": source["licence"], "about": source["about"]})
+    return found
+
+
 def archives_of(corpus: str) -> list[Archive]:
     """The archives that a corpus needs, each once."""
     names = dict.fromkeys(SOURCES["sources"][s]["archive"] for s in SOURCES["corpora"][corpus])
@@ -65,7 +80,7 @@ def identity(config: DataConfig) -> dict[str, Any]:
     if config.corpus == "installed":
         return {"python": sysconfig.get_python_version(), "files": [str(p.name) for p in _installed_files()]}
     if config.corpus == "files":
-        return {"files": {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in _matched(config.paths)}, "field": config.text_field}
+        return {"files": {str(p): hashlib.sha256(_content(p)).hexdigest() for p in _matched(config.paths)}, "field": config.text_field}
     raise DataError(f"data.corpus = {config.corpus!r}: no such corpus{nearest(config.corpus, corpus_names())}")
 
 
@@ -204,7 +219,12 @@ def _matched(patterns: tuple[str, ...]) -> list[Path]:
     for pattern in patterns:
         here = [Path(p) for p in sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True)) if Path(p).is_file()]
         if not here:
-            raise DataError(f"data.paths: {pattern!r} matches no file (looked from {Path.cwd()})")
+            folder = Path(pattern).expanduser().is_dir()
+            raise DataError(
+                f"data.paths: {pattern!r} is a folder; its files are {str(Path(pattern) / '**' / '*')!r}"
+                if folder
+                else f"data.paths: {pattern!r} matches no file (looked from {Path.cwd()})"
+            )
         found += here
     return list(dict.fromkeys(found))
 
@@ -221,9 +241,16 @@ def _from_file(path: Path, field: str) -> Iterator[Document]:
     yield from (Document("text", f"{path.name}#{i}", text) for i, text in enumerate(texts) if text.strip())
 
 
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
 def _decoded(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _content(path).decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is no UTF-8 text (byte {error.start})") from error
     if re.search(r"\x00", text):
@@ -233,7 +260,8 @@ def _decoded(path: Path) -> str:
 
 def _jsonl(path: Path, field: str) -> list[str]:
     texts = []
-    for number, line in enumerate(_decoded(path).splitlines(), 1):
+    # Not splitlines: JSON strings may hold U+2028 and its like as they are.
+    for number, line in enumerate(_decoded(path).removeprefix("\ufeff").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -249,9 +277,15 @@ def _jsonl(path: Path, field: str) -> list[str]:
 
 def _parquet(path: Path, field: str) -> list[str]:
     try:
-        table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
+        file = pq.ParquetFile(path)
+        schema = file.schema_arrow
+        if field not in schema.names:
+            raise DataError(f"{path}: has no column data.text_field = {field!r}; found: {', '.join(schema.names)}")
+        kind = schema.field(field).type
+        values = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not (pa.types.is_string(values) or pa.types.is_large_string(values) or pa.types.is_string_view(values)):
+            raise DataError(f"{path}: data.text_field = {field!r} is a column of {kind}, not of strings")
+        column = file.read([field]).column(field)
+    except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: is no Parquet file ({error})") from error
-    if field not in table.column_names:
-        raise DataError(f"{path}: has no column data.text_field = {field!r}; found: {', '.join(table.column_names)}")
-    return [str(value) for value in table.column(field).to_pylist() if value is not None]
+    return [str(value) for value in column.to_pylist() if value is not None]

@@ -3,17 +3,22 @@
 Split: documents are cut into blocks at line ends, exact repeats are dropped, and a block is held out
 when a hash of its source, document and text falls into the domain's share (10 % of Korean, of which
 there is little, 4 % of the rest).  It depends on nothing else, so a text is on the same side of every
-corpus that contains it.
+corpus that contains it.  Blocks are held out, not documents or works: the neighbours of a held-out block may be
+training text, and so may a translation of it with the same code examples.  `python -m research data describe` says
+how much of the held-out text occurs in training text.
 """
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from filelock import FileLock
@@ -64,6 +69,23 @@ class PreparedData:
     def vocab_size(self) -> int:
         return int(self.manifest["vocab_size"])
 
+    def blocks(self, part: Literal["train", "heldout"], domain: str) -> Iterator[str]:
+        """The texts of a shard, in order, decoded a few at a time."""
+        tokens, tokenizer = self._array(f"{part}-{domain}"), self.tokenizer()
+        ends = np.flatnonzero(tokens == self.end_of_text) + 1
+        starts = np.concatenate(([0], ends[:-1]))
+        for first in range(0, len(ends), 256):
+            some = zip(starts[first : first + 256], ends[first : first + 256], strict=True)
+            yield from tokenizer.decode_batch([tokens[start:end].tolist() for start, end in some])
+
+    @cached_property
+    def end_of_text(self) -> int:
+        """The token after each block."""
+        token = self.tokenizer().token_to_id(END_OF_TEXT)
+        if token is None:
+            raise DataError(f"{self.directory}/tokenizer.json: has no token {END_OF_TEXT}")
+        return int(token)
+
     def train_tokens(self, domain: str) -> np.ndarray:
         """uint16 or uint32 (tokens,), blocks separated by the end-of-text token."""
         return self._array(f"train-{domain}")
@@ -81,12 +103,19 @@ class PreparedData:
     def _array(self, name: str) -> np.ndarray:
         cache: dict[str, np.ndarray] = self.__dict__.setdefault("_arrays", {})
         if name not in cache:
-            cache[name] = np.load(self.directory / f"{name}.npy", mmap_mode="r")
+            path = self.directory / f"{name}.npy"
+            try:
+                cache[name] = np.load(path, mmap_mode="r")
+            except (OSError, ValueError) as error:
+                raise DataError(f"{path}: is damaged ({error}); remove {self.directory} to prepare the corpus again") from error
         return cache[name]
 
 
 def prepare(config: DataConfig, announce: Callable[[str], None] = lambda line: None) -> PreparedData:
-    """The prepared corpus, made if it is not there yet; safe when several processes ask at once."""
+    """The prepared corpus, made if it is not there yet; safe when several processes ask at once.
+
+    DataError for text that will not do, or if it cannot be written; nothing is left half-written.
+    """
     wanted = {
         "format": FORMAT,
         "documents": corpora.identity(config),
@@ -96,10 +125,11 @@ def prepare(config: DataConfig, announce: Callable[[str], None] = lambda line: N
     data_id = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:12]
     folder = cache_directory() / "prepared" / data_id
     if not (folder / "manifest.json").exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):
-            if not (folder / "manifest.json").exists():
-                _write(config, folder, announce)
+        with _written_to(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_suffix(".lock")):
+                if not (folder / "manifest.json").exists():
+                    _write(config, folder, announce)
     data = PreparedData.open(folder)
     _check_lengths(data, config)
     return data
@@ -148,14 +178,43 @@ def _blocks(text: str, length: int) -> Iterable[str]:
         yield block
 
 
+@contextmanager
+def _written_to(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        there = next(p for p in folder.parents if p.exists())
+        free = shutil.disk_usage(there).free / 1e6
+        raise DataError(f"{folder}: cannot be written ({error.strerror or error}); {free:,.0f} MB are free in {there}") from error
+
+
 def _write(config: DataConfig, folder: Path, announce: Callable[[str], None]) -> None:
     announce(f"preparing corpus {config.corpus!r}: reading")
-    parts = split(corpora.documents(config, announce), config.max_train_megabytes)
+    documents = corpora.documents(config, announce)
+    parts = split(documents, config.max_train_megabytes)
     if not any(train for train, _ in parts.values()):
         raise DataError(f"corpus {config.corpus!r}: holds no text to train on")
     new = folder.with_name(folder.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
+    try:
+        new.mkdir(parents=True)
+        _fill(new, config, parts, Counter(d.domain for d in documents), announce)
+        for path in [*new.iterdir(), new]:
+            _flush(path)
+        new.rename(folder)
+        _flush(folder.parent)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+
+
+def _fill(
+    new: Path,
+    config: DataConfig,
+    parts: Mapping[str, tuple[list[str], list[str]]],
+    documents: Mapping[str, int],
+    announce: Callable[[str], None],
+) -> None:
     announce(f"training a byte-level BPE tokenizer of {config.tokenizer_vocab_size} tokens")
     tokenizer = train_tokenizer({d: train for d, (train, _) in parts.items()}, config.tokenizer_vocab_size, TOKENIZER_MEGABYTES)
     tokenizer.save(str(new / "tokenizer.json"))
@@ -163,7 +222,7 @@ def _write(config: DataConfig, folder: Path, announce: Callable[[str], None]) ->
     domains = {}
     for domain, (train, heldout) in parts.items():
         announce(f"encoding {domain}: {sum(len(t) for t in train) / 1e6:.1f} M characters")
-        sizes: dict[str, int] = {}
+        sizes: dict[str, int] = {"documents": documents[domain]}
         for name, blocks in (("train", train), ("heldout", heldout)):
             tokens = _encode(tokenizer, blocks)
             np.save(new / f"{name}-{domain}.npy", tokens)
@@ -178,10 +237,20 @@ def _write(config: DataConfig, folder: Path, announce: Callable[[str], None]) ->
         "split": " ".join((__doc__ or "").split("Split: ")[1].split()),
     }
     write_text(new / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False))
-    new.rename(folder)
+
+
+def _flush(path: Path) -> None:
+    """To the disk, so that a rename never outlives what it renames."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _encode(tokenizer: Tokenizer, blocks: list[str]) -> np.ndarray:
+    # A text that spells the special token out is text: it ends nothing.
+    tokenizer.encode_special_tokens = True
     kind = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
     end = [tokenizer.token_to_id(END_OF_TEXT)]
     rows = [np.array(e.ids + end, kind) for e in tokenizer.encode_batch(blocks, add_special_tokens=False)]

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from research.config import DataConfig
 from research.data.batches import heldout_batches
+from research.data.packing import documents
 from research.data.prepare import PreparedData
 from research.model.cache import Cache
 from research.model.transformer import Transformer
@@ -45,7 +46,7 @@ def evaluate_domains(model: Transformer, data: PreparedData, config: DataConfig,
             ids = torch.from_numpy(np.ascontiguousarray(window)).to(weight.device)
             given = ids[:, :-1]
             cache = None if bits is None else Cache.allocate(model.config, *given.shape, dtype=weight.dtype, device=weight.device, bits=bits)
-            length += float(_nats(model(given, cache).logits, ids[:, 1:])) / math.log(2)
+            length += float(_nats(model(given, cache, documents=documents(data, config, given)).logits, ids[:, 1:])) / math.log(2)
             size += int(token_bytes[window[:, 1:]].sum())
         scores[domain] = DomainScore(bits=length, bytes=size)
     return scores

@@ -64,6 +64,19 @@ def head_sizes(config: AttentionConfig) -> functions.Sizes:
     return functions.Sizes(config.num_attention_heads, groups, config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim)
 
 
+def first_of_document(documents: Tensor) -> Tensor:
+    """Document indices (B, T), never decreasing, -> int32 (B, T): the position at which each position's document begins."""
+    position = torch.arange(documents.shape[1], device=documents.device)
+    begins = torch.cat((torch.ones_like(documents[:, :1], dtype=torch.bool), documents[:, 1:] != documents[:, :-1]), 1)
+    return (begins * position).cummax(1).values.to(torch.int32)
+
+
+def _visible(first: Tensor) -> Tensor:
+    """bool (B, 1, T, T): each query sees the positions from `first` (B, T) up to its own."""
+    position = torch.arange(first.shape[1], device=first.device)
+    return ((position >= first[..., None]) & (position <= position[:, None]))[:, None]
+
+
 class MultiHeadLatentAttention(nn.Module):
     """u_t = W^O [o_t1; ...; o_tH], with keys and values rebuilt from one latent c^KV per position.
 
@@ -88,8 +101,11 @@ class MultiHeadLatentAttention(nn.Module):
         self.o_proj = nn.Linear(heads * a.v_head_dim, d, bias=False)
         self.scale = softmax_scale(a)
 
-    def forward(self, x: Tensor, table: Tensor, cache: LayerCache | None = None, place: Place | None = None) -> Tensor:
-        """x (B, T, D) -> (B, T, D); with a cache, x holds the positions of `place` and attends to what the cache gives back."""
+    def forward(self, x: Tensor, table: Tensor, cache: LayerCache | None = None, place: Place | None = None, first: Tensor | None = None) -> Tensor:
+        """x (B, T, D) -> (B, T, D); with a cache, x holds the positions of `place` and attends to what the cache gives back.
+
+        first: int32 (B, T), never decreasing, the first position that each may see, for sequences that are new as a whole; None: 0.
+        """
         query = self._query(x)
         latent, key_rope = self._latent(x, table)
         visible = None
@@ -99,10 +115,11 @@ class MultiHeadLatentAttention(nn.Module):
         pays = expansion_pays(self.config)
         if native.usable(query, latent, key_rope):
             absorbed = pays == math.inf if visible is None else x.shape[1] < pays
-            return self.o_proj(self._by_kernels(query, latent, key_rope, table, None if visible is None else place, absorbed=absorbed))
+            return self.o_proj(self._by_kernels(query, latent, key_rope, table, None if visible is None else place, first, absorbed=absorbed))
         query_nope, query_rope = self._split(query, table)
         # In plain PyTorch only the expanded form has a fused kernel that holds no (T, T) matrix.
         attend = self.absorbed if visible is not None and x.shape[1] < pays else self.expanded
+        visible = _visible(first) if first is not None else visible
         heads = attend(query_nope, query_rope, latent, key_rope, visible)
         return self.o_proj(heads.transpose(1, 2).flatten(2))
 
@@ -129,15 +146,17 @@ class MultiHeadLatentAttention(nn.Module):
         probability = (scores * self.scale).masked_fill(~visible, -math.inf).softmax(-1, dtype=at_least_float32(scores).dtype).to(latent.dtype)
         return torch.einsum("bhtc,hvc->bhtv", torch.einsum("bhts,bsc->bhtc", probability, latent), up_value)
 
-    def _by_kernels(self, query: Tensor, latent: Tensor, key_rope: Tensor, table: Tensor, place: Place | None, *, absorbed: bool) -> Tensor:
+    def _by_kernels(
+        self, query: Tensor, latent: Tensor, key_rope: Tensor, table: Tensor, place: Place | None, first: Tensor | None, *, absorbed: bool
+    ) -> Tensor:
         """(B, T, H V) of query (B, T, H (N + R)), not yet turned, latent (B, S, C) and rotary key (B, S, R)."""
         sizes, weight = head_sizes(self.config), self.kv_b_proj.weight
         before = None if place is None else place.positions[:, 0].contiguous()
         if place is not None and query.shape[1] <= FEW:
             return functions.latent_decode(query, latent, key_rope, weight, table, place.positions, sizes, self.scale)
         if absorbed:
-            return functions.absorbed_attention(query, latent, key_rope, weight, table, sizes, self.scale, before=before)
-        return functions.latent_attention(query, self.kv_b_proj(latent), key_rope, table, sizes, self.scale, before=before)
+            return functions.absorbed_attention(query, latent, key_rope, weight, table, sizes, self.scale, first, before)
+        return functions.latent_attention(query, self.kv_b_proj(latent), key_rope, table, sizes, self.scale, first, before)
 
     def _query(self, x: Tensor) -> Tensor:
         """(B, T, H (N + R)), not yet turned."""
@@ -169,20 +188,20 @@ class GroupedAttention(nn.Module):
         self.o_proj = nn.Linear(a.num_attention_heads * a.v_head_dim, d, bias=False)
         self.scale = softmax_scale(a)
 
-    def forward(self, x: Tensor, table: Tensor, cache: LayerCache | None = None, place: Place | None = None) -> Tensor:
-        """x (B, T, D) -> (B, T, D); with a cache, x holds the positions of `place` and attends to what the cache gives back."""
+    def forward(self, x: Tensor, table: Tensor, cache: LayerCache | None = None, place: Place | None = None, first: Tensor | None = None) -> Tensor:
+        """x (B, T, D) -> (B, T, D); the rest as in `MultiHeadLatentAttention`."""
         a = self.config
         if cache is None:
             query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
             if native.usable(query, key, value):
-                return self.o_proj(functions.grouped_attention(query, key, value, table, head_sizes(a), self.scale))
+                return self.o_proj(functions.grouped_attention(query, key, value, table, head_sizes(a), self.scale, first))
+        visible = None if first is None else _visible(first)
         query = self._rotated(self.q_proj(x), a.num_attention_heads, table)
         key = self._rotated(self.k_proj(x), a.key_value_heads, table)
         value = self.v_proj(x).unflatten(-1, (a.key_value_heads, -1)).transpose(1, 2)
-        visible = None
         if cache is not None and place is not None:
             key, value = cache.append(place, key, value)
-            visible = place.visible
+            visible = place.visible if place.visible is not None else visible
         return self.o_proj(softmax_attention(query, key, value, visible, scale=self.scale).transpose(1, 2).flatten(2))
 
     def _rotated(self, x: Tensor, heads: int, table: Tensor) -> Tensor:

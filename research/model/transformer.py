@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from research.config import ModelConfig
-from research.model.attention import GroupedAttention, MultiHeadLatentAttention
+from research.model.attention import GroupedAttention, MultiHeadLatentAttention, first_of_document
 from research.model.cache import Cache, LayerCache, Place
 from research.model.layers import FeedForward, RMSNorm, at_least_float32, rotary_table
 from research.model.moe import MoE
@@ -52,8 +52,9 @@ class Block(nn.Module):
         place: Place | None,
         protected_B: Tensor | None,
         chance: torch.Generator | None,
+        first: Tensor | None,
     ) -> tuple[Tensor, Routing | None]:
-        x = x + self.self_attn(self.input_layernorm(x), table, cache, place)
+        x = x + self.self_attn(self.input_layernorm(x), table, cache, place, first)
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
             out, routing = self.mlp(normed, ids, protected_B, chance)
@@ -84,6 +85,7 @@ class Transformer(nn.Module):
         protected_B: Tensor | None = None,
         chance: torch.Generator | None = None,
         new_B: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> Output:
         """With a cache, `ids` are the positions after those that each sequence has there, of which the first `new_B`
         (int64, B; None: all) are real and the rest padding, whose logits and routing mean nothing.  Such batches of
@@ -91,17 +93,23 @@ class Transformer(nn.Module):
 
         `protected_B` (bool, B) turns token dropping on and marks the sequences spared by it, `chance` is what second
         experts are drawn with (both for training); None drops nothing.  ValueError for more positions than the
-        cache has."""
+        cache has.
+
+        `documents` (int, B x T, never decreasing; None: one document) are document indices: a position sees those of its own document
+        only.  ValueError with a cache that holds positions already, whose documents are not known."""
         a = self.config.attention
         place = None if cache is None else cache.place(ids.shape[1], new_B, ids.device)
         positions = torch.arange(ids.shape[1], device=ids.device) if place is None else place.positions
         table = rotary_table(positions.flatten(), a.qk_rope_head_dim, a.rope_theta, self.lm_head.weight.dtype, a.yarn)
         if place is not None:
             table = table.unflatten(0, positions.shape)[:, None]  # beside the heads of (B, H, T, R / 2)
+        if documents is not None and place is not None and place.visible is not None:
+            raise ValueError("documents go with a cache that is empty: those of its positions are not known")
+        first = None if documents is None else first_of_document(documents)
         x = self.embed_tokens(ids)
         routings: dict[int, Routing] = {}
         for index, block in enumerate(self.layers):
-            x, routing = block(x, ids, table, cache.layers[index] if cache is not None else None, place, protected_B, chance)
+            x, routing = block(x, ids, table, cache.layers[index] if cache is not None else None, place, protected_B, chance, first)
             if routing is not None:
                 routings[index] = routing
         if cache is not None:

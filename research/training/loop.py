@@ -18,6 +18,8 @@ from torch import Tensor
 from research import accounting
 from research.config import RunConfig
 from research.data.batches import batch, heldout_batches
+from research.data.packing import documents
+from research.data.prefetch import Prefetcher
 from research.data.prepare import PreparedData, prepare
 from research.evaluation.bits_per_byte import evaluate_domains, score_metrics
 from research.evaluation.ngram import reference_bits_per_byte
@@ -76,13 +78,13 @@ def train(
     reason = None
     began, window_began, window_start = time.perf_counter() - start.seconds, time.perf_counter(), start.step
     step = start.step
-    for step in range(start.step + 1, config.steps + 1):
+    for step, ids in Prefetcher(_make_batch(data, config), range(start.step + 1, config.steps + 1), place):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config.training.optimizer, step, config.steps)
         last = step == config.steps
         validated = last or step % config.training.validate_every == 0
         recorded = validated or step % config.training.record_every == 0
-        found = _optimizer_step(model, optimizer, config, data, step, routing=recorded)
+        found = _optimizer_step(model, optimizer, config, data, step, ids, routing=recorded)
         if not math.isfinite(found[records.LOSS] + found[records.GRADIENT_NORM]):
             state, reason = "diverged", f"loss {found[records.LOSS]} with gradient norm {found[records.GRADIENT_NORM]} at step {step}"
             break
@@ -122,6 +124,10 @@ def train(
     )
 
 
+def _make_batch(data: PreparedData, config: RunConfig) -> Callable[[int], np.ndarray]:
+    return lambda step: batch(data, config.data, seed=config.seed, step=step, batch_size=config.training.batch_size)
+
+
 def closed_forms(config: RunConfig) -> dict[str, float]:
     """What is known of a model before it is trained, as metrics (cache at 16 bits)."""
     return {
@@ -133,11 +139,10 @@ def closed_forms(config: RunConfig) -> dict[str, float]:
 
 
 def _optimizer_step(
-    model: Transformer, optimizer: torch.optim.AdamW, config: RunConfig, data: PreparedData, step: int, *, routing: bool
+    model: Transformer, optimizer: torch.optim.AdamW, config: RunConfig, data: PreparedData, step: int, ids: Tensor, *, routing: bool
 ) -> dict[str, float]:
-    """One step over the global batch, in micro-batches; their mean loss and, with `routing`, their mean statistics come back."""
+    """One step over the global batch `ids`, in micro-batches; their mean loss and, with `routing`, their mean statistics come back."""
     training, place, moe = config.training, model.lm_head.weight.device, config.model.moe
-    ids = torch.from_numpy(batch(data, config.data, seed=config.seed, step=step, batch_size=training.batch_size)).to(place)
     protected = _protected(config, step).to(place)
     chance = torch.Generator(place).manual_seed(int(np.random.default_rng((config.seed, step, 2)).integers(2**62)))
     size = training.micro_batch_size or training.batch_size
@@ -145,7 +150,7 @@ def _optimizer_step(
     optimizer.zero_grad(set_to_none=True)
     for rows, spared in zip(ids.split(size), protected.split(size), strict=True):
         with torch.autocast(place.type, dtype=torch.bfloat16, enabled=place.type == "cuda"):
-            out = model(rows[:, :-1], protected_B=spared, chance=chance)
+            out = model(rows[:, :-1], protected_B=spared, chance=chance, documents=documents(data, config.data, rows[:, :-1]))
         language = language_loss(out.logits, rows[:, 1:])
         balance = _balance(out.routings, config, rows.shape[0])
         loss = language
@@ -193,7 +198,7 @@ def _held_out_routings(model: Transformer, config: RunConfig, data: PreparedData
     per_domain = max(TRACE_TOKENS // len(data.domains), config.data.sequence_length)
     windows = [w for d in data.domains for w in heldout_batches(data, config.data, domain=d, max_tokens=per_domain)]
     ids = torch.from_numpy(np.concatenate(windows)[:, :-1].copy()).to(model.lm_head.weight.device)
-    return model(ids).routings
+    return model(ids, documents=documents(data, config.data, ids)).routings
 
 
 def _expert_ids(routings: Mapping[int, Routing]) -> np.ndarray:
