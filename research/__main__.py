@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from research import accounting
+from research.benchmark.cli import benchmark
 from research.config import ModelConfig
 from research.configfile import load_run_config, nearest, read_yaml, resolve_model
 from research.data.cli import app as data_app
@@ -25,6 +26,7 @@ from research.terminal import console
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(data_app, name="data")
 app.command()(evaluate)
+app.command()(benchmark)
 
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="path=value, such as model.moe.device_limit=2; repeatable")]
 
