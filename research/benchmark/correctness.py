@@ -15,7 +15,7 @@ from research.model.attention import MultiHeadLatentAttention
 from research.model.cache import Cache
 from research.model.experts import grouped_experts, looped_experts
 from research.model.router import route
-from research.model.transformer import Transformer
+from research.model.transformer import Transformer, language_loss
 from research.presets import preset
 from research.training import checkpoint
 
@@ -122,18 +122,21 @@ def _autocast(device: torch.device) -> float:
     ids = random_tokens(config, (4, 65), device)
     losses = []
     for enabled in (True, False):
-        trainer = Trainer(Transformer(config).initialise(0).to(device))
+        model = Transformer(config).initialise(0).to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled):
-            out = trainer.model(ids[:, :-1])
-        loss = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+            out = model(ids[:, :-1])
+        loss = language_loss(out.logits, ids[:, 1:])
         loss.backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in trainer.model.parameters() if p.grad is not None])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         losses.append(loss.detach() if bool(norm.isfinite()) else torch.full_like(loss, torch.nan))
     return relative_difference(*losses)
 
 
 def _resume(device: torch.device) -> float:
-    """Two steps, a checkpoint, and the loss of the third: gone on, and read back into a new model and optimizer."""
+    """Two steps, a checkpoint read back into a new model and optimizer, and two more losses of both.
+
+    Infinite unless weights and moments come back to the bit.  The last loss has gone through the moments.
+    """
     config = RunConfig(model=_model(), training=TrainingConfig(train_tokens=1, optimizer=OPTIMIZER))
     batches = [random_tokens(config.model, (4, 33), device, seed=i) for i in range(4)]
     first = Trainer(Transformer(config.model).initialise(0).to(device))
@@ -144,9 +147,16 @@ def _resume(device: torch.device) -> float:
         state = checkpoint.Resumed(step=2, seconds=0.0, metrics={}, snapshots={})
         checkpoint.save(Path(folder) / "checkpoint", first.model, first.optimizer, config, state)
         checkpoint.load(Path(folder) / "checkpoint", again.model, again.optimizer, config)
-    # The fourth loss has gone through the optimizer's restored moments.
+    if not all(torch.equal(a, b) for a, b in zip(_state(first), _state(again), strict=True)):
+        return float("inf")
     wanted, found = ([trainer.step(ids) for ids in batches[2:]] for trainer in (first, again))
     return relative_difference(torch.stack(found), torch.stack(wanted))
+
+
+def _state(trainer: Trainer) -> list[Tensor]:
+    """Every weight with its step and moments, in the model's order."""
+    states = trainer.optimizer.state
+    return [x.cpu() for p in trainer.model.parameters() for x in (p.detach(), *(states[p][k] for k in ("step", "exp_avg", "exp_avg_sq")))]
 
 
 CHECKS: dict[str, tuple[float, Callable[[torch.device], float]]] = {
@@ -157,7 +167,8 @@ CHECKS: dict[str, tuple[float, Callable[[torch.device], float]]] = {
     "prefill and decode against one pass, float32": (1e-4, _decode),
     "forward pass against the CPU's, float32": (1e-4, _against_cpu),
     "loss under bfloat16 autocast against float32": (1e-2, _autocast),
-    "losses after a resumed checkpoint": (1e-5, _resume),
+    # On a card two runs of one step differ already: sums by atomic additions, rounded to bfloat16 afterwards.
+    "losses after a resumed checkpoint": (1e-3, _resume),
 }
-"""Name -> bound and check.  Sums in another order differ by some 1e-7 in float32; on a card, sums by atomic additions differ each time."""
+"""Name -> bound and check.  Sums in another order differ by some 1e-7 in float32."""
 ON_CARDS = ("forward pass against the CPU's, float32",)
