@@ -294,9 +294,10 @@ def test_exact_match_beside_the_most_frequent_answer():
 
 @torch.no_grad()
 def test_greedy_answers_are_the_likeliest_tokens_whatever_stands_beside(exact_model, tokenizer, monkeypatch):
-    prompts = ["the quick", "x", "number 12 jumps over the lazy dogs and the quick brown fox", "fox"]
+    prompts = ["the quick", "x", "number 12 jumps over the lazy dogs " * 3 + "and the quick brown fox", "fox"]
     monkeypatch.setattr(exact_match, "ROWS", 3)
     answers = greedy(exact_model, tokenizer, 32, 6)(prompts)
+    assert [answer.shortened for answer in answers] == [False, False, True, False]
     end = tokenizer.token_to_id(END_OF_TEXT)
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = [end, *tokenizer.encode(prompt).ids]
@@ -454,6 +455,9 @@ def test_evaluate_tasks(run, archives):
     assert set(said["widths"][0]["interval_95"]) == {"text", "all"}
     low, high = said["widths"][0]["interval_95"]["text"]
     assert low < said["widths"][0]["bits_per_byte"]["text"] < high
+    narrow = said["widths"][1]
+    low, high = narrow["difference_interval_95"]["text"]
+    assert low < narrow["difference"]["text"] < high < abs(narrow["bits_per_byte"]["text"]) / 10
     assert said["widths"][0]["resampled"] == {"text": "16 windows"}
     plain = invoke("evaluate", run, "--tasks", "hellaswag", "--kv-bits", 8)
     assert plain.exit_code == 0
