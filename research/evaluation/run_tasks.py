@@ -13,13 +13,13 @@ from research.evaluation.exact_match import greedy, score_problems
 from research.evaluation.heldout import LONGEST_WINDOW, has_corpus, training_texts
 from research.evaluation.likelihood import log_likelihoods
 from research.evaluation.multiple_choice import TaskScore, score_questions
-from research.evaluation.tasks import Item, Problem, Question, load_task
+from research.evaluation.tasks import TASKS, Item, Problem, Question, load_task
 from research.exchange import run_tokenizer
 from research.model.transformer import Transformer
 
 
 def run_tasks(run: Path, model: Transformer, config: RunConfig, names: Sequence[str], limit: int | None, *, overlap: bool) -> list[dict[str, Any]]:
-    """A dict per task: the fields of its TaskScore, and `contamination`.
+    """A dict per task: the fields of its TaskScore, what it is, its licence, and `contamination`.
 
     A model is shown no more tokens than the sequences that it was trained on (an imported one: LONGEST_WINDOW at most).
     """
@@ -35,7 +35,8 @@ def run_tasks(run: Path, model: Transformer, config: RunConfig, names: Sequence[
             score = score_questions(name, questions, tokenizer, longest, lambda requests: log_likelihoods(model, requests))
         else:
             score = score_problems(name, problems, greedy(model, tokenizer, longest))
-        found.append(dataclasses.asdict(score) | {"contamination": contamination(name, items, config, count=overlap)})
+        source = {key: TASKS["tasks"][name][key] for key in ("about", "licence")}
+        found.append(dataclasses.asdict(score) | source | {"contamination": contamination(name, items, config, count=overlap)})
     return found
 
 
