@@ -14,15 +14,19 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from research import accounting
+from research.benchmark.cli import benchmark
 from research.config import ModelConfig
 from research.configfile import load_run_config, nearest, read_yaml, resolve_model
 from research.data.cli import app as data_app
 from research.errors import ConfigError, UserError
+from research.evaluation.cli import evaluate
 from research.presets import PRESETS, preset
 from research.terminal import console
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(data_app, name="data")
+app.command()(evaluate)
+app.command()(benchmark)
 
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="path=value, such as model.moe.device_limit=2; repeatable")]
 
@@ -198,38 +202,6 @@ def generate(
     print()
     for continuation in others:
         print(f"\n{continuation.prompt}{continuation.text}")
-
-
-@app.command()
-def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run's directory, with its checkpoint")],
-    kv_bits: Annotated[list[int] | None, typer.Option(help="Bits per cached element: 16, 8, 6 or 4; repeatable, by default all of them")] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Held-out tokens per domain; by default as in training")] = None,
-    as_json: Annotated[bool, typer.Option("--json")] = False,
-) -> None:
-    """Held-out bits per byte out of a cache of each width, and what the cache takes.
-
-    Example: python -m research evaluate RUN --kv-bits 8 --kv-bits 6 --json
-    """
-    from research.data.prepare import prepare  # noqa: PLC0415
-    from research.evaluation.cache_width import check_bits, evaluate_widths  # noqa: PLC0415
-    from research.training.checkpoint import load_model  # noqa: PLC0415
-
-    widths = kv_bits or list(accounting.KV_BITS)
-    for bits in widths:
-        check_bits(bits)
-    model, config = load_model(run)
-    scores = evaluate_widths(model, prepare(config.data), config, widths, tokens or config.training.validation_tokens)
-    if as_json:
-        print(json.dumps({"run": str(run), "widths": [dataclasses.asdict(score) for score in scores]}, indent=1))
-        return
-    full, *narrow = scores
-    names = [f"{score.bits} bits" for score in narrow]
-    table = Table("", "full precision", *names, title="Held-out bits per byte, and the difference out of a cache of so many bits")
-    for domain, value in full.bits_per_byte.items():
-        table.add_row(domain, f"{value:.4f}", *(f"{score.difference[domain]:+.5f}" for score in narrow))
-    table.add_row("bytes/token", *(f"{score.bytes_per_token:,}" for score in scores))
-    console().print(table)
 
 
 @app.command()
