@@ -73,7 +73,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_is_used(tmp_path, 
 
 def test_the_largest_gradient_of_each_layer_is_named_in_order(text):
     model = Transformer(config(text).model)
-    for value, (name, parameter) in enumerate(model.named_parameters(), 1):
+    for value, (_, parameter) in enumerate(model.named_parameters(), 1):
         parameter.grad = torch.zeros_like(parameter)
         parameter.grad.view(-1)[0] = value
     names = [name for name, _ in model.named_parameters()]
