@@ -17,6 +17,7 @@ from research import accounting
 from research.config import RunConfig
 from research.data.batches import batch
 from research.data.prepare import PreparedData, prepare
+from research.errors import ConfigError
 from research.evaluation.bits_per_byte import evaluate_domains, score_metrics
 from research.evaluation.ngram import reference_bits_per_byte
 from research.model.balance import BalanceLosses, balance_losses
@@ -101,7 +102,7 @@ def train(
                 at.metrics |= found
                 record = Record(step=step, tokens=tokens, metrics=found)
                 recorder.record(record)
-                stop = not last and should_stop(record)
+                stop = should_stop(record) and not last
             if stop or last or best or step % training.checkpoint_every == 0:
                 at.seconds = meter.seconds
                 checkpoint.save(folder, model, optimizer, config, at, is_best=best)
@@ -216,6 +217,10 @@ def _yardstick(data: PreparedData, config: RunConfig, steps: int, announce: Call
 
 
 def _device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """`auto` is a GPU if there is one.  ConfigError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    there = ["cpu", *(["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] if torch.cuda.is_available() else [])]
+    if name not in there:
+        raise ConfigError(f"device = {name!r}: is not there; valid: auto, {', '.join(there)}")
+    return torch.device(name)

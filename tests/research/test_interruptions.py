@@ -68,9 +68,8 @@ def same_run(one: Path, two: Path):
 
 
 @pytest.mark.slow
-def test_a_command_killed_at_any_step_ends_in_the_same_bits(tmp_path, text):
+def test_a_command_killed_or_stopped_at_any_step_ends_in_the_same_bits(tmp_path, text):
     settings = write_config(tmp_path / "run.yaml", text, training={**RAMP, "train_tokens": 12_000})
-    begun = 0
     chance = random.Random(int.from_bytes(os.urandom(4)))  # any moment has to do
 
     def command(out):
@@ -80,21 +79,23 @@ def test_a_command_killed_at_any_step_ends_in_the_same_bits(tmp_path, text):
     def steps(process):
         return (int(found[1]) for line in process.stdout if (found := re.search(r"step (\d+)/\d+ ", line)))
 
-    killed_at = []
-    while len(killed_at) < 2:
+    begun = 0
+    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
         process = command(tmp_path / "killed")
         for step in steps(process):
             if step >= begun + chance.randint(3, 9):
-                process.send_signal(signal.SIGKILL)
+                process.send_signal(number)
                 break
-        assert process.wait() == -signal.SIGKILL, process.stdout.read()
-        process.stdout.close()
-        killed_at.append(step)
+        rest = process.stdout.read()
+        assert process.wait() == code, rest
         begun = step
+    assert "stopping at the next record" in rest
+    assert "The same command goes on from here." in rest
     for out in ("killed", "whole"):
         said, _ = command(tmp_path / out).communicate()
-        assert '"state": "finished"' in said, said
-    assert killed_at == sorted(killed_at)
+        assert "finished after" in said, said
+        assert re.search(r"step (\d+)/\1 ", said), "the last record is shown too"
+        assert ("resumed after step" in said) == (out == "killed")
     same_run(tmp_path / "killed", tmp_path / "whole")
 
 
