@@ -97,22 +97,26 @@ def _default_run(name: str) -> dict[str, object]:
 
 
 def _claim(out: Path, config: RunConfig) -> None:
-    """Make the run's directory and write down whose it is: records of two configurations must not meet in one file."""
-    path, mine = out / "config.json", to_dict(config)
+    """Make the run's directory and write down whose it is: records of two configurations must not meet in one file.
+
+    A directory in which no step was recorded belongs to nobody; of one with a checkpoint and no config.json the loop asks the checkpoint.
+    """
+    path, records, mine = out / "config.json", out / "metrics.jsonl", to_dict(config)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else mine
-        if there == mine:
+        taken = (records.exists() and records.stat().st_size > 0) or (out / "checkpoint").exists()
+        there = json.loads(path.read_text(encoding="utf-8")) if taken and path.exists() else None
+        if there is None and not taken:
             with room_for(path, "the configuration"):
                 write_text(path, json.dumps(mine, indent=1))
-            return
     except OSError as error:
         raise ConfigError(f"--out = {str(out)!r}: cannot be written to ({error.strerror or error})") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: is damaged ({error}); remove it if the run is yours") from error
-    raise CheckpointError(
-        f"{out}: holds a run of another configuration; differing: {'; '.join(differences(there, mine))}; choose another --out, or remove it"
-    )
+    if there is not None and there != mine:
+        raise CheckpointError(
+            f"{out}: holds a run of another configuration; differing: {'; '.join(differences(there, mine))}; choose another --out, or remove it"
+        )
 
 
 @contextmanager

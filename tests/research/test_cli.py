@@ -80,6 +80,9 @@ def test_train_resume_and_generate(tmp_path):
         "training: {train_tokens: 20480, batch_size: 8, validation_tokens: 1024, optimizer: {learning_rate: 0.003, warmup_steps: 5}}\n"
     )
     cache = str(tmp_path / "cache")
+    # A mistake that is only found later takes no directory for good.
+    wrong = call("train", run, "--out", tmp_path / "out", "--set", "data.paths=[/nowhere.txt]", MOELAB_CACHE=cache)
+    assert (wrong.returncode, "Traceback" in wrong.stderr) == (1, False), wrong.stderr
     done = call("train", run, "--out", tmp_path / "out", MOELAB_CACHE=cache)
     assert done.returncode == 0, done.stderr
     assert "finished after 80 steps, 20,480 tokens" in done.stdout
