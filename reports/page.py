@@ -7,6 +7,7 @@ from reports import analysis
 from reports.analysis import Estimate
 from reports.figures import Figure
 from reports.store import Run, StudyRecord
+from research.schedule import batch_schedule
 from sweeps import schema
 
 MOST_HASHES = 12
@@ -213,8 +214,15 @@ def _setup(record: StudyRecord, base: Sequence[Run]) -> str:
         if moe
         else "no experts"
     )
-    step = training["batch_size"] * data["sequence_length"]
-    tokens = -(-training["train_tokens"] // step) * step
+    schedule = batch_schedule(
+        train_tokens=training["train_tokens"],
+        sequence_length=data["sequence_length"],
+        batch_size=training["batch_size"],
+        first=training.get("batch_ramp_from"),
+        ramp_tokens=training.get("batch_ramp_tokens") or 0,
+        multiple=training.get("micro_batch_size") or 1,
+    )
+    tokens = schedule.tokens(schedule.steps)
     lines = [
         f"- Model: {model['num_hidden_layers']} layers of width {model['hidden_size']}, {attention['kind'].upper()} with {attention['num_attention_heads']} heads; {routed}.",
         f"- Data: corpus `{data['corpus']}`, byte-level BPE of {data['tokenizer_vocab_size']} tokens, sequences of {data['sequence_length']}.",

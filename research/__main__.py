@@ -4,31 +4,27 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from research import accounting
 from research.benchmark.cli import benchmark
 from research.config import ModelConfig
-from research.configfile import load_run_config, nearest, read_yaml, resolve_model
+from research.configfile import nearest
 from research.data.cli import app as data_app
 from research.errors import ConfigError, UserError
 from research.evaluation.cli import evaluate
 from research.presets import PRESETS, preset
 from research.terminal import console
+from research.training.cli import train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(data_app, name="data")
 app.command()(evaluate)
 app.command()(benchmark)
-
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="path=value, such as model.moe.device_limit=2; repeatable")]
 
 
 @app.command()
@@ -137,37 +133,7 @@ def describe(
     console().print(table)
 
 
-@app.command()
-def train(
-    model: Annotated[str, typer.Argument(help="A preset's name, or a YAML file with a run configuration")],
-    out: Annotated[Path, typer.Option(help="The run's directory; a checkpoint there is gone on from")],
-    overrides: Overrides = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    prompt: Annotated[str, typer.Option(help="Text that the trained model goes on from at the end")] = "The ",
-) -> None:
-    """Train one model.  Example: python -m research train deepseek-v2-nano --out /tmp/nano --set training.train_tokens=200000"""
-    # Half a second to two of torch are paid only by the commands that need it.
-    from research.continuation import Sampling, gather_prompts, go_on  # noqa: PLC0415
-    from research.training.loop import train as run  # noqa: PLC0415
-    from research.training.records import JsonlRecorder, Record  # noqa: PLC0415
-
-    gather_prompts([prompt], None)
-    mapping = read_yaml(model) if Path(model).suffix in (".yaml", ".yml") else _default_run(model)
-    config = load_run_config(mapping, model, overrides or [])
-    with _progress(config.steps) as step:
-
-        def watch(record: Record) -> bool:
-            step(record.step, "  ".join(f"{name} {value:.4g}" for name, value in record.metrics.items() if name in SHOWN))
-            return False
-
-        result = run(config, out, JsonlRecorder(out / "metrics.jsonl"), watch, device=device, announce=lambda line: step(None, line))
-    print(json.dumps({"state": result.state, "reason": result.reason, "seconds": round(result.seconds, 1), "metrics": result.metrics}, indent=1))
-    if result.trace is not None:
-        result.trace.save(out / "routing.npz")
-    if result.state == "diverged":
-        raise typer.Exit(DIVERGED)
-    go_on(out, [prompt], Sampling(tokens=80), _write)
-    print()
+app.command()(train)
 
 
 @app.command()
@@ -230,41 +196,8 @@ def import_(
         print(f"{folder} has no tokenizer.json: put one into {out} before you generate from it")
 
 
-DIVERGED = 3
-"""Exit code of a training that ended without a model, as `python -m sweeps` has it for failures."""
-SHOWN = ("train/loss", "validation/bits_per_byte", "train/tokens_per_second")
-
-
-def _default_run(name: str) -> dict[str, object]:
-    """What a preset trains on when only its name is given: the quickstart corpus, its vocabulary as the preset has it."""
-    model = resolve_model(name, "MODEL")
-    vocabulary = min(int(model["vocab_size"]), 16384)
-    optimizer = {"learning_rate": 0.0015, "warmup_steps": 50}
-    data = {"corpus": "quickstart", "tokenizer_vocab_size": vocabulary}
-    return {"model": name, "data": data, "training": {"train_tokens": 1_000_000, "optimizer": optimizer}}
-
-
 def _write(text: str) -> None:
     print(text, end="", flush=True)
-
-
-class _progress:  # noqa: N801  (used as a function)
-    """A bar on a terminal, plain lines elsewhere: `step(done, text)`."""
-
-    def __init__(self, total: int) -> None:
-        self.bar = Progress(TextColumn("{task.percentage:3.0f}%"), BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-        self.total = total
-        self.live = sys.stdout.isatty()
-
-    def __enter__(self) -> Callable[[int | None, str], None]:
-        if not self.live:
-            return lambda done, text: print(f"{datetime.now():%H:%M:%S} {'' if done is None else f'step {done}/{self.total}  '}{text}", flush=True)
-        self.bar.start()
-        task = self.bar.add_task("", total=self.total)
-        return lambda done, text: self.bar.update(task, completed=done, description=text)
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
 
 
 def main() -> None:

@@ -13,6 +13,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from research.schedule import BatchSchedule, batch_schedule
+
 AttentionKind = Literal["mla", "mha", "gqa", "mqa"]
 Domain = Literal["en", "zh", "ko", "code", "math"]
 Activation = Literal["silu", "gelu", "relu"]
@@ -299,6 +301,9 @@ class OptimizerConfig:
     decay_at: tuple[float, ...] = (0.6, 0.9)
     """Shares of all tokens at which the rate is multiplied by `decay_factor`."""
     decay_factor: float = 0.316
+    base_width: int | None = None
+    """The rate of every matrix but the embedding is multiplied by base_width / hidden_size, so that a rate found at this width
+    is right at others (muP: Yang et al. 2022, table 3, Adam); None: the same rate for all, as in the paper."""
 
     def __post_init__(self) -> None:
         _require(self.learning_rate > 0, f"learning_rate={self.learning_rate} must be > 0")
@@ -306,6 +311,7 @@ class OptimizerConfig:
         _require(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} must be >= 0")
         _require(all(0 < x <= 1 for x in self.decay_at), f"decay_at={list(self.decay_at)} must lie in 0..1")
         _require(list(self.decay_at) == sorted(self.decay_at), f"decay_at={list(self.decay_at)} must ascend")
+        _require(self.base_width is None or self.base_width > 0, f"base_width={self.base_width} must be > 0 or null")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -319,6 +325,14 @@ class TrainingConfig:
     """Sequences per optimizer step (the global batch)."""
     micro_batch_size: int | None = None
     """Sequences per forward pass; None: the whole batch at once."""
+    batch_ramp_from: int | None = None
+    """Sequences of the first step: the batch grows linearly in tokens from here to `batch_size`, in multiples of
+    `micro_batch_size` (2304 to 9216 in V2 section 3.1.2); None: `batch_size` throughout."""
+    batch_ramp_tokens: int | None = None
+    """Tokens over which it grows (225e9 of 8.1e12 in the paper)."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the products in training.  `bfloat16` is autocast: weights, optimizer state, gate, softmax and norms stay float32.
+    `auto` is bfloat16 on a GPU and float32 on a CPU."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     record_every: int = 10
     """Steps between records of the losses and the routing."""
@@ -326,18 +340,36 @@ class TrainingConfig:
     validation_tokens: int = 32768
     """Held-out tokens per domain (all there are, if fewer)."""
     checkpoint_every: int = 200
-    """Steps; at least one is also written at a stop and at the end."""
+    """Steps; one is also written at a stop and at the end."""
+    keep_checkpoints: int = 1
+    """So many of the last ones are kept: the newest is checkpoint/, those before it are checkpoints/step-N/."""
+    keep_best: bool = False
+    """Also keep that of the lowest validation bits per byte, as checkpoints/best/, written at every validation that is the best so far."""
     trace_every: int = 200
     """Steps between snapshots of the routing trace."""
 
     def __post_init__(self) -> None:
-        for name in ("train_tokens", "batch_size", "record_every", "validate_every", "validation_tokens", "checkpoint_every", "trace_every"):
+        every = ("record_every", "validate_every", "checkpoint_every", "trace_every")
+        for name in ("train_tokens", "batch_size", *every, "validation_tokens", "keep_checkpoints"):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be > 0")
         if self.micro_batch_size is not None:
             _require(
                 self.micro_batch_size > 0 and self.batch_size % self.micro_batch_size == 0,
                 f"micro_batch_size={self.micro_batch_size} must divide batch_size={self.batch_size}",
             )
+        self._check_ramp()
+
+    def _check_ramp(self) -> None:
+        first, tokens = self.batch_ramp_from, self.batch_ramp_tokens
+        _require((first is None) == (tokens is None), f"batch_ramp_from={first} and batch_ramp_tokens={tokens} go together: give both or none")
+        if first is None or tokens is None:
+            return
+        _require(tokens > 0, f"batch_ramp_tokens={tokens} must be > 0")
+        _require(0 < first <= self.batch_size, f"batch_ramp_from={first} must lie in 1..{self.batch_size} (batch_size)")
+        _require(
+            self.micro_batch_size is None or first % self.micro_batch_size == 0,
+            f"batch_ramp_from={first} must be a multiple of micro_batch_size={self.micro_batch_size}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -359,10 +391,27 @@ class RunConfig:
         )
 
     @property
+    def schedule(self) -> BatchSchedule:
+        """Batch sizes and tokens by step."""
+        training = self.training
+        return batch_schedule(
+            train_tokens=training.train_tokens,
+            sequence_length=self.data.sequence_length,
+            batch_size=training.batch_size,
+            first=training.batch_ramp_from,
+            ramp_tokens=training.batch_ramp_tokens or 0,
+            multiple=training.micro_batch_size or 1,
+        )
+
+    @property
     def steps(self) -> int:
         """Optimizer steps: as many whole batches as it takes to see `train_tokens` tokens."""
-        per_step = self.training.batch_size * self.data.sequence_length
-        return -(-self.training.train_tokens // per_step)
+        return self.schedule.steps
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens of all the steps: `train_tokens`, and what its last batch has beyond it."""
+        return self.schedule.tokens(self.steps)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

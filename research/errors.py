@@ -22,3 +22,18 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint cannot be used: other format, other configuration, or damaged."""
+
+
+class DiskFull(UserError):
+    """A file could not be written for want of room; what stood at its place before stands there still."""
+
+
+class OutOfMemory(UserError):
+    """The device (or this machine) has not the memory that was asked for.
+
+    `asked` and `free` are in bytes, None where the allocator did not say.
+    """
+
+    def __init__(self, *problems: str, asked: int | None = None, free: int | None = None) -> None:
+        super().__init__(*problems)
+        self.asked, self.free = asked, free

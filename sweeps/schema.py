@@ -14,6 +14,7 @@ A study's root directory holds
         routing.npz       research.routing_trace.RoutingTrace
         simulation.json   what the cluster model answered for it
         checkpoint/       the last checkpoint
+        checkpoints/      those before it and the best, where the configuration keeps them: step-N/, best/
     report/               the built report
 
 The same metrics, parameters, tags and artifacts are in MLflow, under the names below.
@@ -72,6 +73,8 @@ EXPERT_VIOLATION: Final = "routing/expert_violation"
 DEVICE_VIOLATION: Final = "routing/device_violation"
 DROPPED_SHARE: Final = "routing/dropped_share"
 """Share of the (token, expert) assignments of a training batch that were dropped."""
+DEAD_EXPERTS: Final = "routing/dead_experts"
+"""Experts, over all layers, that no token of the last records reached (`research.training.health.DEAD_AFTER` of them)."""
 BITS_PER_BYTE: Final = "validation/bits_per_byte"
 """Held-out text, all domains by bytes; per domain: `validation/bits_per_byte/<domain>`."""
 

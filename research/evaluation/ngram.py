@@ -86,10 +86,10 @@ def reference_bits_per_byte(data: PreparedData, config: RunConfig, steps: int) -
 
     ValueError if that is more than LARGEST_TOKENS tokens.
     """
-    training = config.training
-    if (tokens := steps * training.batch_size * config.data.sequence_length) > LARGEST_TOKENS:
+    training, schedule = config.training, config.schedule
+    if (tokens := schedule.tokens(steps)) > LARGEST_TOKENS:
         raise ValueError(f"the order-2 reference counts at most {LARGEST_TOKENS:,} training tokens in memory, the run saw {tokens:,}")
-    seen = (batch(data, config.data, seed=config.seed, step=step, batch_size=training.batch_size) for step in range(1, steps + 1))
+    seen = (batch(data, config.data, seed=config.seed, step=step, batch_size=schedule.batch_size(step)) for step in range(1, steps + 1))
     model = KneserNey(np.concatenate(list(seen)), data.vocab_size)
     token_bytes, total, size = np.asarray(data.token_bytes()), 0.0, 0
     for domain in data.domains:

@@ -4,8 +4,6 @@ Everything random is a function of (seed, step), so a run that goes on from a ch
 undisturbed run to the bit on the same machine.
 """
 
-import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +15,11 @@ from torch import Tensor
 
 from research import accounting
 from research.config import RunConfig
-from research.data.batches import batch, heldout_batches
+from research.data.batches import batch
 from research.data.packing import documents
 from research.data.prefetch import Prefetcher
 from research.data.prepare import PreparedData, prepare
+from research.errors import ConfigError
 from research.evaluation.bits_per_byte import evaluate_domains, score_metrics
 from research.evaluation.ngram import reference_bits_per_byte
 from research.model.balance import BalanceLosses, balance_losses
@@ -29,17 +28,18 @@ from research.model.transformer import Transformer, language_loss
 from research.routing_trace import RoutingTrace
 from research.training import checkpoint, records
 from research.training.checkpoint import Resumed
-from research.training.optimizer import build_optimizer, learning_rate
-from research.training.records import Record, Recorder
+from research.training.health import Diverged, Health, add_loads, expert_loads, naming_out_of_memory
+from research.training.optimizer import build_optimizer, set_learning_rate
+from research.training.records import Meter, Record, Recorder
 from research.training.statistics import routing_metrics
+from research.training.trace import routing_trace, snapshot
 
 State = Literal["finished", "stopped", "diverged"]
-TRACE_TOKENS = 2048
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingResult:
-    """How a run ended.  `metrics` holds the last value of each metric and the model's closed forms."""
+    """How a run ended, after `steps` whole steps.  `metrics` holds the last value of each metric and the model's closed forms."""
 
     state: State
     reason: str | None
@@ -48,6 +48,8 @@ class TrainingResult:
     seconds: float
     metrics: dict[str, float]
     trace: RoutingTrace | None
+    warnings: tuple[str, ...] = ()
+    """What was announced as not well on the way, such as dead experts."""
 
 
 def train(
@@ -61,71 +63,71 @@ def train(
 ) -> TrainingResult:
     """Train to the end, to a stop, or to divergence; goes on from `directory`/checkpoint if there is one.
 
-    Raises CheckpointError if that is of another configuration, DataError if the corpus cannot be had.
+    Raises CheckpointError if that is of another configuration, DataError if the corpus cannot be had, OutOfMemory and
+    DiskFull with what is missing; the checkpoint before stands in each case, and when the run diverges.
     """
     torch.set_flush_denormal(True)  # peaked attention makes denormals, which are several times slower on a CPU
-    place = _device(device)
+    place, training, folder = _device(device), config.training, directory / "checkpoint"
     data = prepare(config.data, announce)
-    model = Transformer(config.model).to(place).initialise(config.seed)
-    optimizer = build_optimizer(model, config.training.optimizer)
-    folder = directory / "checkpoint"
-    start = checkpoint.load(folder, model, optimizer, config) or Resumed(step=0, seconds=0.0, metrics={}, snapshots={})
-    if start.step:
-        announce(f"resumed after step {start.step} of {config.steps}")
-    metrics, snapshots = dict(start.metrics), dict(start.snapshots)
-    per_step = config.training.batch_size * config.data.sequence_length
+    with naming_out_of_memory(place, "when the model was built"):
+        model = Transformer(config.model).to(place).initialise(config.seed)
+        optimizer = build_optimizer(model, training.optimizer)
+        at = checkpoint.load(folder, model, optimizer, config) or Resumed(step=0, seconds=0.0, metrics={}, snapshots={})
+    if at.step:
+        announce(f"resumed after step {at.step} of {config.steps}")
     state: State = "finished"
     reason = None
-    began, window_began, window_start = time.perf_counter() - start.seconds, time.perf_counter(), start.step
-    step = start.step
-    for step, ids in Prefetcher(_make_batch(data, config), range(start.step + 1, config.steps + 1), place):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config.training.optimizer, step, config.steps)
+    meter = Meter(at.seconds, config.schedule.tokens(at.step))
+    for step, ids in Prefetcher(_make_batch(data, config), range(at.step + 1, config.steps + 1), place):
+        rate = set_learning_rate(optimizer, config, step)
         last = step == config.steps
-        validated = last or step % config.training.validate_every == 0
-        recorded = validated or step % config.training.record_every == 0
-        found = _optimizer_step(model, optimizer, config, data, step, ids, routing=recorded)
-        if not math.isfinite(found[records.LOSS] + found[records.GRADIENT_NORM]):
-            state, reason = "diverged", f"loss {found[records.LOSS]} with gradient norm {found[records.GRADIENT_NORM]} at step {step}"
+        validated = last or step % training.validate_every == 0
+        recorded = validated or step % training.record_every == 0
+        try:
+            with naming_out_of_memory(place, f"in step {step}"):
+                found, loads = _optimizer_step(model, optimizer, config, data, step, ids, at.health, routing=recorded)
+        except Diverged as error:
+            state, reason = "diverged", str(error)
             break
-        paused = time.perf_counter()
-        if last or step % config.training.trace_every == 0:
-            snapshots[step] = _expert_ids(_held_out_routings(model, config, data))
-        if validated:
-            found |= _validate(model, config, data)
-        window_began += time.perf_counter() - paused  # tokens per second are those of training
-        stop = False
-        if recorded:
-            now = time.perf_counter()
-            found[records.LEARNING_RATE] = optimizer.param_groups[0]["lr"]
-            found[records.TOKENS_PER_SECOND] = (step - window_start) * per_step / max(now - window_began, 1e-9)
-            window_began, window_start = now, step
-            metrics |= found
-            record = Record(step=step, tokens=step * per_step, metrics=found)
-            recorder.record(record)
-            stop = not last and should_stop(record)
-        if stop or last or step % config.training.checkpoint_every == 0:
-            so_far = Resumed(step=step, seconds=time.perf_counter() - began, metrics=metrics, snapshots=snapshots)
-            checkpoint.save(folder, model, optimizer, config, so_far)
+        at.step, stop, best = step, False, False
+        with meter.paused():
+            if last or step % training.trace_every == 0:
+                at.snapshots[step] = snapshot(model, config, data)
+            if validated:
+                with naming_out_of_memory(place, f"in the validation after step {step}"):
+                    found |= _validate(model, config, data)
+                best = at.is_best(found[records.BITS_PER_BYTE]) and training.keep_best
+            if recorded:
+                tokens = config.schedule.tokens(step)
+                found |= {records.LEARNING_RATE: rate, records.TOKENS_PER_SECOND: meter.tokens_per_second(tokens)}
+                found |= _dead_experts(at.health, loads, step, announce)
+                at.metrics |= found
+                record = Record(step=step, tokens=tokens, metrics=found)
+                recorder.record(record)
+                stop = should_stop(record) and not last
+            if stop or last or best or step % training.checkpoint_every == 0:
+                at.seconds = meter.seconds
+                checkpoint.save(folder, model, optimizer, config, at, is_best=best)
         if stop:
             state, reason = "stopped", f"asked to stop at step {step}"
             break
-    trace = _trace(model, config, data, snapshots) if state == "finished" and config.model.moe_layers else None
+    trace = routing_trace(model, config, data, at.snapshots) if state == "finished" and config.model.moe_layers else None
     if state == "finished":
-        metrics |= _yardstick(data, config, step, announce)
+        at.metrics |= _yardstick(data, config, at.step, announce)
     return TrainingResult(
         state=state,
         reason=reason,
-        steps=step,
-        tokens=step * per_step,
-        seconds=time.perf_counter() - began,
-        metrics=metrics | closed_forms(config),
+        steps=at.step,
+        tokens=config.schedule.tokens(at.step),
+        seconds=meter.seconds,
+        metrics=at.metrics | closed_forms(config),
         trace=trace,
+        warnings=tuple(at.health.warnings),
     )
 
 
 def _make_batch(data: PreparedData, config: RunConfig) -> Callable[[int], np.ndarray]:
-    return lambda step: batch(data, config.data, seed=config.seed, step=step, batch_size=config.training.batch_size)
+    return lambda step: batch(data, config.data, seed=config.seed, step=step, batch_size=config.schedule.batch_size(step))
 
 
 def closed_forms(config: RunConfig) -> dict[str, float]:
@@ -139,17 +141,20 @@ def closed_forms(config: RunConfig) -> dict[str, float]:
 
 
 def _optimizer_step(
-    model: Transformer, optimizer: torch.optim.AdamW, config: RunConfig, data: PreparedData, step: int, ids: Tensor, *, routing: bool
-) -> dict[str, float]:
-    """One step over the global batch `ids`, in micro-batches; their mean loss and, with `routing`, their mean statistics come back."""
-    training, place, moe = config.training, model.lm_head.weight.device, config.model.moe
-    protected = _protected(config, step).to(place)
+    model: Transformer, optimizer: torch.optim.AdamW, config: RunConfig, data: PreparedData, step: int, ids: Tensor, health: Health, *, routing: bool
+) -> tuple[dict[str, float], dict[int, list[int]]]:
+    """One step over the global batch `ids`, in micro-batches; their mean loss and, with `routing`, their mean statistics and the
+    tokens of each expert by layer come back.  Diverged, with weights as they were, if the step is not worth taking."""
+    training, place, moe, precision = config.training, model.lm_head.weight.device, config.model.moe, _precision(config, model.lm_head.weight.device)
+    batch_size = len(ids)
+    protected = _protected(config, step, batch_size).to(place)
     chance = torch.Generator(place).manual_seed(int(np.random.default_rng((config.seed, step, 2)).integers(2**62)))
-    size = training.micro_batch_size or training.batch_size
+    size = training.micro_batch_size or batch_size
     parts: list[dict[str, float]] = []
+    loads: dict[int, list[int]] = {}
     optimizer.zero_grad(set_to_none=True)
     for rows, spared in zip(ids.split(size), protected.split(size), strict=True):
-        with torch.autocast(place.type, dtype=torch.bfloat16, enabled=place.type == "cuda"):
+        with torch.autocast(place.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
             out = model(rows[:, :-1], protected_B=spared, chance=chance, documents=documents(data, config.data, rows[:, :-1]))
         language = language_loss(out.logits, rows[:, 1:])
         balance = _balance(out.routings, config, rows.shape[0])
@@ -157,12 +162,36 @@ def _optimizer_step(
         if moe is not None:
             for losses in balance.values():
                 loss = loss + losses.weighted(moe.balance)
-        (loss * (size / training.batch_size)).backward()
-        statistics = routing_metrics(out.routings, balance, moe) if routing and moe is not None and balance else {}
+        (loss * (size / batch_size)).backward()
+        statistics = {}
+        if routing and moe is not None and balance:
+            statistics = routing_metrics(out.routings, balance, moe)
+            loads = add_loads(loads, expert_loads(out.routings))
         parts.append({records.LOSS: float(language.detach()), **statistics})
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), training.optimizer.gradient_clip)
+    found = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
+    # The norm comes first and the clipping after the check: clipping by a norm that is not finite spoils every layer's gradient.
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    found[records.GRADIENT_NORM] = float(norm)
+    health.check_step(model, step, found[records.LOSS], found[records.GRADIENT_NORM], config.model.vocab_size)
+    torch.nn.utils.clip_grads_with_norm_(model.parameters(), training.optimizer.gradient_clip, norm)
     optimizer.step()
-    return {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]} | {records.GRADIENT_NORM: float(norm)}
+    return found, loads
+
+
+def _precision(config: RunConfig, place: torch.device) -> torch.dtype:
+    """In which the products of a training step are; master weights, gate, softmax, norms and the loss are float32 in any case."""
+    if config.training.precision == "auto":
+        return torch.bfloat16 if place.type == "cuda" else torch.float32
+    return torch.bfloat16 if config.training.precision == "bfloat16" else torch.float32
+
+
+def _dead_experts(health: Health, loads: Mapping[int, list[int]], step: int, announce: Callable[[str], None]) -> dict[str, float]:
+    if not loads:
+        return {}
+    dead, warnings = health.check_experts(loads, step)
+    for line in warnings:
+        announce(line)
+    return {records.DEAD_EXPERTS: float(dead)}
 
 
 def _balance(routings: Mapping[int, Routing], config: RunConfig, sequences: int) -> dict[int, BalanceLosses]:
@@ -172,10 +201,10 @@ def _balance(routings: Mapping[int, Routing], config: RunConfig, sequences: int)
     return {layer: balance_losses(routing, config.model.moe, sequences) for layer, routing in routings.items()}
 
 
-def _protected(config: RunConfig, step: int) -> Tensor:
+def _protected(config: RunConfig, step: int, batch_size: int) -> Tensor:
     """bool (batch,): which sequences of this step are spared by token dropping, about `undropped_sequences` of all."""
     share = config.model.moe.undropped_sequences if config.model.moe is not None else 0.0
-    draws = np.random.default_rng((config.seed, step, 1)).random(config.training.batch_size)
+    draws = np.random.default_rng((config.seed, step, 1)).random(batch_size)
     return torch.from_numpy(draws < share)
 
 
@@ -192,36 +221,11 @@ def _yardstick(data: PreparedData, config: RunConfig, steps: int, announce: Call
         return {}
 
 
-@torch.no_grad()
-def _held_out_routings(model: Transformer, config: RunConfig, data: PreparedData) -> dict[int, Routing]:
-    """Routing of the same TRACE_TOKENS held-out tokens, taken from every domain alike."""
-    per_domain = max(TRACE_TOKENS // len(data.domains), config.data.sequence_length)
-    windows = [w for d in data.domains for w in heldout_batches(data, config.data, domain=d, max_tokens=per_domain)]
-    ids = torch.from_numpy(np.concatenate(windows)[:, :-1].copy()).to(model.lm_head.weight.device)
-    return model(ids, documents=documents(data, config.data, ids)).routings
-
-
-def _expert_ids(routings: Mapping[int, Routing]) -> np.ndarray:
-    if not routings:
-        return np.zeros((0, 0, 0), np.int16)
-    return np.stack([r.expert_ids_MK.cpu().numpy() for r in routings.values()]).astype(np.int16)
-
-
-def _trace(model: Transformer, config: RunConfig, data: PreparedData, snapshots: Mapping[int, np.ndarray]) -> RoutingTrace:
-    assert config.model.moe is not None
-    scores = np.stack([r.scores_ME.cpu().numpy() for r in _held_out_routings(model, config, data).values()])
-    return RoutingTrace(
-        expert_ids=np.stack([snapshots[s] for s in sorted(snapshots)]),
-        steps=np.array(sorted(snapshots)),
-        layers=np.array(config.model.moe_layers),
-        scores=scores.astype(np.float16),
-        n_routed_experts=config.model.moe.n_routed_experts,
-        expert_devices=config.model.moe.expert_devices,
-        device_limit=config.model.moe.device_limit,
-    )
-
-
 def _device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """`auto` is a GPU if there is one.  ConfigError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    there = ["cpu", *(["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] if torch.cuda.is_available() else [])]
+    if name not in there:
+        raise ConfigError(f"device = {name!r}: is not there; valid: auto, {', '.join(there)}")
+    return torch.device(name)

@@ -5,10 +5,14 @@ The names are those of `sweeps/schema.py`; a test holds the two equal, since res
 
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+from research.atomic import room_for
 
 LOSS = "train/loss"
 BALANCE_EXPERT = "train/balance_expert"
@@ -21,6 +25,7 @@ DISTINCT_DEVICES = "routing/distinct_devices_per_token"
 EXPERT_VIOLATION = "routing/expert_violation"
 DEVICE_VIOLATION = "routing/device_violation"
 DROPPED_SHARE = "routing/dropped_share"
+DEAD_EXPERTS = "routing/dead_experts"
 BITS_PER_BYTE = "validation/bits_per_byte"
 KV_BYTES_PER_TOKEN = "model/kv_cache_bytes_per_token"
 TOTAL_PARAMETERS = "model/total_parameters"
@@ -38,6 +43,33 @@ class Record:
     metrics: Mapping[str, float]
 
 
+class Meter:
+    """Seconds of a run over all its parts, and tokens per second of training alone: what is done in `paused` is left out."""
+
+    def __init__(self, seconds: float, tokens: int) -> None:
+        now = time.perf_counter()
+        self._began, self._window_began, self._window_tokens = now - seconds, now, tokens
+        self._stopped_at: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        self._stopped_at = stopped_at = time.perf_counter()
+        yield
+        self._window_began += time.perf_counter() - stopped_at
+        self._stopped_at = None
+
+    def tokens_per_second(self, tokens: int) -> float:
+        """Since the last question, of a run that has seen `tokens` tokens; to be asked in a pause."""
+        assert self._stopped_at is not None
+        seconds, seen = self._stopped_at - self._window_began, tokens - self._window_tokens
+        self._window_began, self._window_tokens = self._stopped_at, tokens
+        return seen / max(seconds, 1e-9)
+
+
 class Recorder(Protocol):
     """The first of the loop's two seams; the other is `should_stop(record) -> bool`."""
 
@@ -45,7 +77,7 @@ class Recorder(Protocol):
 
 
 class JsonlRecorder:
-    """One JSON object per record, appended and flushed.
+    """One JSON object per record, appended and flushed to the disk, so that none is missing before a checkpoint that stands.
 
     A resumed run goes back to its checkpoint and repeats, to the bit, steps that are in the file
     already; those are skipped, so that each step stands there once.  A line cut short by a crash is
@@ -68,6 +100,8 @@ class JsonlRecorder:
         if record.step <= self.last_step:
             return
         line = json.dumps({"step": record.step, "tokens": record.tokens, **record.metrics})
-        with self.path.open("a", encoding="utf-8") as file:
+        with room_for(self.path, f"the record of step {record.step}"), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         self.last_step = record.step

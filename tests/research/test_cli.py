@@ -50,6 +50,7 @@ def test_sources_and_licences_are_listed():
     [
         (["describe", "deepseek-v3"], 1, "did you mean 'deepseek-v2'?"),
         (["train", "deepseek-v2-nano", "--out", "x", "--set", "training.batch=3"], 1, "did you mean 'batch_size'?"),
+        (["train", "deepseek-v2-nano", "--out", "/dev/null/x"], 1, "--out = '/dev/null/x': cannot be written to"),
         (["train", "nowhere.yaml", "--out", "x"], 1, "nowhere.yaml: cannot be read"),
         (["generate", "/nowhere", "--prompt", "a"], 1, "holds no checkpoint"),
         (["generate", "/nowhere", "--prompts", "/nowhere/prompts.txt"], 1, "--prompts = /nowhere/prompts.txt: cannot be read"),
@@ -79,14 +80,26 @@ def test_train_resume_and_generate(tmp_path):
         "training: {train_tokens: 20480, batch_size: 8, validation_tokens: 1024, optimizer: {learning_rate: 0.003, warmup_steps: 5}}\n"
     )
     cache = str(tmp_path / "cache")
+    # A mistake that is only found later takes no directory for good.
+    wrong = call("train", run, "--out", tmp_path / "out", "--set", "data.paths=[/nowhere.txt]", MOELAB_CACHE=cache)
+    assert (wrong.returncode, "Traceback" in wrong.stderr) == (1, False), wrong.stderr
     done = call("train", run, "--out", tmp_path / "out", MOELAB_CACHE=cache)
     assert done.returncode == 0, done.stderr
-    assert '"state": "finished"' in done.stdout
+    assert "finished after 80 steps, 20,480 tokens" in done.stdout
+    assert "validation/bits_per_byte" in done.stdout
     first = (tmp_path / "out" / "metrics.jsonl").read_bytes()
-    again = call("train", run, "--out", tmp_path / "out", MOELAB_CACHE=cache)
+    again = call("train", run, "--out", tmp_path / "out", "--prompt", "the quick", "--json", MOELAB_CACHE=cache)
     assert again.returncode == 0, again.stderr
-    assert "resumed after step 80 of 80" in again.stdout
+    assert "resumed after step 80 of 80" in again.stderr
+    ended = json.loads(again.stdout)
+    assert (ended["state"], ended["steps"], ended["tokens"], ended["warnings"]) == ("finished", 80, 20480, [])
+    assert ended["samples"][0]["text"]
     assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == first
+    other = call("train", run, "--out", tmp_path / "out", "--set", "seed=3", MOELAB_CACHE=cache)
+    assert (other.returncode, other.stderr) == (
+        1,
+        f"{tmp_path / 'out'}: holds a run of another configuration; differing: seed: 0 -> 3; choose another --out, or remove it\n",
+    )
     said = [call("generate", tmp_path / "out", "--prompt", "the quick", "--tokens", 20, "--seed", 3, MOELAB_CACHE=cache).stdout for _ in range(2)]
     assert said[0] == said[1]
     assert said[0].startswith("the quick")

@@ -146,3 +146,22 @@ def test_grouped_experts_equal_the_loop_in_outputs_and_gradients(case, width, dr
         results.append((out, *torch.autograd.grad((out * upstream).sum(), leaves, allow_unused=True, materialize_grads=True)))
     for fast, slow in zip(*results, strict=True):
         torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-5)
+
+
+def test_under_autocast_the_products_are_narrow_and_the_sums_are_not():
+    random = torch.Generator().manual_seed(0)
+    config = MoEConfig(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)
+    x = torch.randn(30, 16, generator=random)
+    gate_up, down = torch.randn(4, 16, 16, generator=random) / 4, torch.randn(4, 16, 8, generator=random) / 3
+    routing = route(torch.randn(30, 4, generator=random), config)
+    narrow, exact = [[t.clone().requires_grad_() for t in (x, gate_up, down)] for _ in range(2)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = grouped_experts(narrow[0], routing, *narrow[1:])
+    wanted = looped_experts(exact[0], routing, *exact[1:])
+    assert out.dtype == torch.float32
+    assert 1e-4 < float(((out - wanted).norm() / wanted.norm()).detach()) < 1e-2, "bfloat16 keeps 8 bits"
+    out.sum().backward()
+    wanted.sum().backward()
+    for ours, theirs in zip(narrow, exact, strict=True):
+        assert ours.grad.dtype == torch.float32
+        assert float((ours.grad - theirs.grad).norm()) < 2e-2 * float(theirs.grad.norm())

@@ -103,7 +103,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     ):
         with pytest.raises(CheckpointError, match="is damaged"):
             act()
-    (tmp_path / "checkpoint" / "state.json").write_text('{"format": 1}')
+    (tmp_path / "checkpoint" / "state.json").write_text(json.dumps({"format": checkpoint.FORMAT}))
     with pytest.raises(CheckpointError, match="holds no configuration"):
         checkpoint.load_model(tmp_path)
 
@@ -142,7 +142,7 @@ def _rest(config):
 
 def test_learning_rate_is_the_papers_schedule():
     config = small().training.optimizer
-    rates = [learning_rate(config, step, 1000) for step in (1, 5, 6, 600, 601, 900, 901, 1000)]
+    rates = [learning_rate(config, step, (step - 1) * 512, 1000 * 512) for step in (1, 5, 6, 600, 601, 900, 901, 1000)]
     peak = 0.003
     assert rates == pytest.approx([peak / 5, peak, peak, peak, peak * 0.316, peak * 0.316, peak * 0.316**2, peak * 0.316**2])
 

@@ -41,12 +41,12 @@ def library() -> ctypes.CDLL | None:
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Whether these tensors may go to the kernels: float32 on a CPU, one thread, and no tracing."""
+    """Whether these tensors may go to the kernels: float32 on a CPU, one thread, no autocast and no tracing."""
     # The cheap questions first: this is asked thousands of times a second.
     for tensor in tensors:
         if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or type(tensor) not in (Tensor, torch.nn.Parameter):
             return False
-    return torch.get_num_threads() == 1 and not torch.compiler.is_compiling() and library() is not None
+    return torch.get_num_threads() == 1 and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling() and library() is not None
 
 
 def _compiled(compiler: str) -> Path:
