@@ -316,6 +316,8 @@ class TrainingConfig:
     """Sequences per optimizer step (the global batch)."""
     micro_batch_size: int | None = None
     """Sequences per forward pass; None: the whole batch at once."""
+    activation_checkpointing: Literal["none", "blocks"] = "none"
+    """`blocks`: each block keeps its input alone and is computed again for the backward pass: a third more time, much less memory."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     record_every: int = 10
     """Steps between records of the losses and the routing."""

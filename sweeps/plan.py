@@ -96,7 +96,8 @@ def _measured(config: RunConfig) -> float:
     """FLOP/s of forward and backward passes of the real model on one thread; the first, which warms up, is not counted."""
     import torch  # noqa: PLC0415  (seconds, and only this estimate needs it)
 
-    from research.model.transformer import Transformer, language_loss  # noqa: PLC0415
+    from research.model.loss import chunked_language_loss  # noqa: PLC0415
+    from research.model.transformer import Transformer  # noqa: PLC0415
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -108,7 +109,7 @@ def _measured(config: RunConfig) -> float:
         for step in range(PROBE_STEPS + 1):
             if step == 1:
                 began = time.perf_counter()
-            language_loss(model(ids[:, :-1]).logits, ids[:, 1:]).backward()
+            chunked_language_loss(model.hidden(ids[:, :-1])[0], model.lm_head.weight, ids[:, 1:]).backward()
         seconds = (time.perf_counter() - began) / PROBE_STEPS
     finally:
         torch.set_num_threads(threads)

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from research.config import DataConfig
 from research.data.batches import heldout_batches
 from research.data.prepare import PreparedData
 from research.model.cache import Cache
+from research.model.loss import token_nats
 from research.model.transformer import Transformer
 from research.training import records
 
@@ -45,14 +44,11 @@ def evaluate_domains(model: Transformer, data: PreparedData, config: DataConfig,
             ids = torch.from_numpy(np.ascontiguousarray(window)).to(weight.device)
             given = ids[:, :-1]
             cache = None if bits is None else Cache.allocate(model.config, *given.shape, dtype=weight.dtype, device=weight.device, bits=bits)
-            length += float(_nats(model(given, cache).logits, ids[:, 1:])) / math.log(2)
+            hidden, _ = model.hidden(given, cache)
+            length += float(token_nats(hidden, weight, ids[:, 1:]).double().sum()) / math.log(2)
             size += int(token_bytes[window[:, 1:]].sum())
         scores[domain] = DomainScore(bits=length, bytes=size)
     return scores
-
-
-def _nats(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum").double()
 
 
 def score_metrics(scores: dict[str, DomainScore]) -> dict[str, float]:

@@ -22,8 +22,9 @@ from research.data.prepare import PreparedData, prepare
 from research.evaluation.bits_per_byte import evaluate_domains, score_metrics
 from research.evaluation.ngram import reference_bits_per_byte
 from research.model.balance import BalanceLosses, balance_losses
+from research.model.loss import chunked_language_loss
 from research.model.router import Routing
-from research.model.transformer import Transformer, language_loss
+from research.model.transformer import Transformer
 from research.routing_trace import RoutingTrace
 from research.training import checkpoint, records
 from research.training.checkpoint import Resumed
@@ -145,15 +146,17 @@ def _optimizer_step(
     optimizer.zero_grad(set_to_none=True)
     for rows, spared in zip(ids.split(size), protected.split(size), strict=True):
         with torch.autocast(place.type, dtype=torch.bfloat16, enabled=place.type == "cuda"):
-            out = model(rows[:, :-1], protected_B=spared, chance=chance)
-        language = language_loss(out.logits, rows[:, 1:])
-        balance = _balance(out.routings, config, rows.shape[0])
+            hidden, routings = model.hidden(
+                rows[:, :-1], protected_B=spared, chance=chance, checkpointed=training.activation_checkpointing == "blocks"
+            )
+            language = chunked_language_loss(hidden, model.lm_head.weight, rows[:, 1:])
+        balance = _balance(routings, config, rows.shape[0])
         loss = language
         if moe is not None:
             for losses in balance.values():
                 loss = loss + losses.weighted(moe.balance)
         (loss * (size / training.batch_size)).backward()
-        statistics = routing_metrics(out.routings, balance, moe) if routing and moe is not None and balance else {}
+        statistics = routing_metrics(routings, balance, moe) if routing and moe is not None and balance else {}
         parts.append({records.LOSS: float(language.detach()), **statistics})
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), training.optimizer.gradient_clip)
     optimizer.step()
