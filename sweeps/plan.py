@@ -8,6 +8,7 @@ import numpy as np
 
 from research import accounting
 from research.config import Domain, RunConfig
+from research.memory import training_memory
 from sweeps import schema
 from sweeps.space import cells
 from sweeps.study import Study, label
@@ -59,7 +60,12 @@ def _row(study: Study, config: RunConfig, variant: str, rate: float) -> dict[str
         "kv_cache_bytes_per_token": accounting.kv_cache_bytes_per_token(config.model),
         "train_tokens": config.training.train_tokens,
         "train_flops": flops,
-        "memory_bytes": accounting.training_memory_bytes(config.model, size, config.data.sequence_length),
+        "memory_bytes": training_memory(
+            config.model,
+            size * config.data.sequence_length,
+            micro_batches=config.training.batch_size // size,
+            checkpointed=config.training.activation_checkpointing == "blocks",
+        ).peak,
         "seconds": flops * (1 + _validation_share(config)) / rate + START_SECONDS,
     }
 
