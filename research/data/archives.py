@@ -16,6 +16,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from research.errors import DataError
+from research.folders import cache_directory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,13 +28,6 @@ class Archive:
     file: str
     sha256: str
     megabytes: float
-
-
-def cache_directory() -> Path:
-    """$MOELAB_CACHE, or moelab/ in the user's cache directory."""
-    if chosen := os.environ.get("MOELAB_CACHE"):
-        return Path(chosen).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moelab"
 
 
 def fetch(archives: list[Archive], announce: Callable[[str], None]) -> dict[str, Path]:

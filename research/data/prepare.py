@@ -22,10 +22,10 @@ from tokenizers import Tokenizer
 from research.atomic import write_text
 from research.config import DataConfig
 from research.data import corpora
-from research.data.archives import cache_directory
 from research.data.corpora import Document
 from research.data.tokenizer import END_OF_TEXT, token_bytes, train_tokenizer
 from research.errors import DataError
+from research.folders import cache_directory
 
 FORMAT = 1
 BLOCK_CHARACTERS = 8000

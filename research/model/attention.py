@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from research.config import AttentionConfig, ModelConfig
 from research.model.cache import LayerCache, Place
+from research.model.kernels import functions, native
 from research.model.layers import RMSNorm, at_least_float32, rotate
 
 
@@ -40,6 +41,27 @@ def softmax_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor
         value = F.pad(value, (0, key.shape[-1] - width))
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, is_causal=visible is None, scale=scale, enable_gqa=grouped)
     return out[..., :width]
+
+
+FEW = 8
+"""New positions up to which the decoding kernel is taken, which stacks them and the heads into one product."""
+
+
+def expansion_pays(config: AttentionConfig) -> float:
+    """New positions m from which rebuilding keys and values costs no more multiplications than attending to the latents.
+
+    Of S positions, m of them new, the expanded form rebuilds S (N + V) C H and takes m S (N + R + V) H for scores and
+    values; the absorbed one takes m S (2 C + R) H.  171 for V2 and V2-Lite; never where the latent is narrow (2 C <= N + V), as
+    in the scaled family but for nano: there the absorbed form is the cheaper one in training too.
+    """
+    surplus = 2 * config.kv_lora_rank - config.qk_nope_head_dim - config.v_head_dim
+    return config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim) / surplus if surplus > 0 else math.inf
+
+
+def head_sizes(config: AttentionConfig) -> functions.Sizes:
+    """Heads and widths as the kernels want them."""
+    groups = config.num_attention_heads if config.kind == "mla" else config.key_value_heads
+    return functions.Sizes(config.num_attention_heads, groups, config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim)
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -68,13 +90,19 @@ class MultiHeadLatentAttention(nn.Module):
 
     def forward(self, x: Tensor, table: Tensor, cache: LayerCache | None = None, place: Place | None = None) -> Tensor:
         """x (B, T, D) -> (B, T, D); with a cache, x holds the positions of `place` and attends to what the cache gives back."""
-        query_nope, query_rope = self._queries(x, table)
+        query = self._query(x)
         latent, key_rope = self._latent(x, table)
         visible = None
         if cache is not None and place is not None:
             latent, key_rope = cache.append(place, latent, key_rope)
             visible = place.visible
-        attend = self.expanded if visible is None else self.absorbed
+        pays = expansion_pays(self.config)
+        if native.usable(query, latent, key_rope):
+            absorbed = pays == math.inf if visible is None else x.shape[1] < pays
+            return self.o_proj(self._by_kernels(query, latent, key_rope, table, None if visible is None else place, absorbed=absorbed))
+        query_nope, query_rope = self._split(query, table)
+        # In plain PyTorch only the expanded form has a fused kernel that holds no (T, T) matrix.
+        attend = self.absorbed if visible is not None and x.shape[1] < pays else self.expanded
         heads = attend(query_nope, query_rope, latent, key_rope, visible)
         return self.o_proj(heads.transpose(1, 2).flatten(2))
 
@@ -101,9 +129,22 @@ class MultiHeadLatentAttention(nn.Module):
         probability = (scores * self.scale).masked_fill(~visible, -math.inf).softmax(-1, dtype=at_least_float32(scores).dtype).to(latent.dtype)
         return torch.einsum("bhtc,hvc->bhtv", torch.einsum("bhts,bsc->bhtc", probability, latent), up_value)
 
-    def _queries(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    def _by_kernels(self, query: Tensor, latent: Tensor, key_rope: Tensor, table: Tensor, place: Place | None, *, absorbed: bool) -> Tensor:
+        """(B, T, H V) of query (B, T, H (N + R)), not yet turned, latent (B, S, C) and rotary key (B, S, R)."""
+        sizes, weight = head_sizes(self.config), self.kv_b_proj.weight
+        before = None if place is None else place.positions[:, 0].contiguous()
+        if place is not None and query.shape[1] <= FEW:
+            return functions.latent_decode(query, latent, key_rope, weight, table, place.positions, sizes, self.scale)
+        if absorbed:
+            return functions.absorbed_attention(query, latent, key_rope, weight, table, sizes, self.scale, before=before)
+        return functions.latent_attention(query, self.kv_b_proj(latent), key_rope, table, sizes, self.scale, before=before)
+
+    def _query(self, x: Tensor) -> Tensor:
+        """(B, T, H (N + R)), not yet turned."""
+        return self.q_proj(x) if self.config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+
+    def _split(self, query: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         a = self.config
-        query = self.q_proj(x) if a.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         query = query.unflatten(-1, (a.num_attention_heads, a.qk_head_dim)).transpose(1, 2)
         nope, rope = query.split((a.qk_nope_head_dim, a.qk_rope_head_dim), -1)
         return nope, rotate(rope, table)
@@ -131,6 +172,10 @@ class GroupedAttention(nn.Module):
     def forward(self, x: Tensor, table: Tensor, cache: LayerCache | None = None, place: Place | None = None) -> Tensor:
         """x (B, T, D) -> (B, T, D); with a cache, x holds the positions of `place` and attends to what the cache gives back."""
         a = self.config
+        if cache is None:
+            query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+            if native.usable(query, key, value):
+                return self.o_proj(functions.grouped_attention(query, key, value, table, head_sizes(a), self.scale))
         query = self._rotated(self.q_proj(x), a.num_attention_heads, table)
         key = self._rotated(self.k_proj(x), a.key_value_heads, table)
         value = self.v_proj(x).unflatten(-1, (a.key_value_heads, -1)).transpose(1, 2)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from research.config import Activation, MoEConfig
+from research.model.kernels import functions, native
 from research.model.layers import ACTIVATIONS
 from research.model.router import Routing
 
@@ -36,6 +37,9 @@ def grouped_experts(x_MD: Tensor, routing: Routing, gate_up: Tensor, down: Tenso
 
     The gate is applied to the hidden activations, the narrowest place of the path.
     """
+    gated = gate_up.shape[1] == 2 * down.shape[-1]
+    if gated and activation is F.silu and native.usable(x_MD, routing.gates_MK, gate_up, down):
+        return functions.routed_experts(x_MD, routing.gates_MK, routing.expert_ids_MK, routing.kept_MK, gate_up, down)
     experts, chosen = gate_up.shape[0], routing.expert_ids_MK.shape[1]
     expert = torch.where(routing.kept_MK, routing.expert_ids_MK, experts).flatten()
     load = torch.bincount(expert, minlength=experts + 1)[:experts]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from research.config import Activation, YarnConfig
+from research.model.kernels import functions, native
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -45,6 +46,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if native.usable(x, self.weight):
+            return functions.normalise(x, self.weight, self.eps)
         wide = at_least_float32(x)
         weight = self.weight.to(wide.dtype)
         if x.device.type == "cpu":
@@ -71,7 +74,10 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
             return self.down_proj(self.activation(self.up_proj(x)))
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.activation is F.silu and native.usable(gate, up):
+            return self.down_proj(functions.swiglu(gate, up))
+        return self.down_proj(self.activation(gate) * up)
 
 
 def rotary_frequencies(

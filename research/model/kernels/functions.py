@@ -1,0 +1,365 @@
+"""The kernels as differentiable functions; each says what its plain PyTorch twin is, and `native.usable` says when to call it."""
+
+import ctypes
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from research.model.kernels.native import library
+
+QUERIES = 64
+"""Queries that attend at a time: their scores against all keys are what is held at once."""
+ROWS = 256
+"""As in kernels.c."""
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with its last dimension contiguous and the others collapsible to rows of one stride, copied only where it is not so."""
+    if x.stride(-1) == 1 and all(x.stride(i) == x.stride(i + 1) * x.shape[i + 1] for i in range(x.ndim - 2)):
+        return x
+    return x.contiguous()
+
+
+class _Normalise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x = _rows(x)
+        size, rows = x.shape[-1], x.numel() // x.shape[-1]
+        y, inverse = x.new_empty(x.shape), x.new_empty(rows)
+        stride = x.stride(-2) if x.ndim > 1 else size
+        _c().rms_norm(_pointer(x), _i(stride), _pointer(weight), ctypes.c_float(eps), _pointer(y), _pointer(inverse), _i(rows), _i(size))
+        ctx.save_for_backward(x, weight, inverse)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, inverse = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        dx, dweight = x.new_empty(x.shape), torch.empty_like(weight)
+        stride, size = x.stride(-2) if x.ndim > 1 else x.shape[-1], x.shape[-1]
+        _c().rms_norm_backward(
+            *map(_pointer, (gradient, x)), _i(stride), *map(_pointer, (weight, inverse, dx, dweight)), _i(inverse.numel()), _i(size)
+        )
+        return dx, dweight, None
+
+
+def normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (`layers.RMSNorm`)."""
+    return _Normalise.apply(x, weight, eps)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        out = torch.empty_like(gate)
+        _c().swiglu(_pointer(gate), _pointer(up), _pointer(out), _i(gate.numel()))
+        ctx.save_for_backward(gate, up)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        gradient, dgate, dup = gradient.contiguous(), torch.empty_like(gate), torch.empty_like(up)
+        _c().swiglu_backward(*map(_pointer, (gradient, gate, up, dgate, dup)), _i(gate.numel()))
+        return dgate, dup
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, element by element."""
+    return _SwiGLU.apply(gate, up)
+
+
+class _RoutedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gates: Tensor, ids: Tensor, kept: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        x, gates, ids, kept = x.contiguous(), gates.contiguous(), ids.contiguous(), kept.contiguous()
+        (experts, size, width), chosen = down.shape, ids.shape[1]
+        slot, ends = ids.new_empty(ids.numel()), ids.new_empty(experts)
+        slots = _c().sort_by_expert(*map(_pointer, (ids, kept, slot, ends)), _i(ids.numel()), _i(experts))
+        hidden, out = x.new_empty(slots, 2 * width), torch.zeros_like(x)
+        scratch = x.new_empty(ROWS * (2 * size + width))
+        _c().experts_forward(*map(_pointer, (x, gates, slot, ends, gate_up, down, hidden, out, scratch)), *map(_i, (chosen, experts, size, width)))
+        ctx.save_for_backward(x, gates, slot, ends, gate_up, down, hidden)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, gates, slot, ends, gate_up, down, hidden = ctx.saved_tensors
+        (experts, size, width), chosen = down.shape, gates.shape[1]
+        gradient = gradient.contiguous()
+        dx, dgates = torch.zeros_like(x), torch.zeros_like(gates)
+        dgate_up, ddown = torch.empty_like(gate_up), torch.empty_like(down)
+        scratch = x.new_empty(ROWS * (2 * size + 4 * width))
+        _c().experts_backward(
+            *map(_pointer, (gradient, x, gates, slot, ends, gate_up, down, hidden, dx, dgates, dgate_up, ddown, scratch)),
+            *map(_i, (chosen, experts, size, width)),
+        )
+        return dx, dgates, None, None, dgate_up, ddown
+
+
+def routed_experts(x_MD: Tensor, gates_MK: Tensor, ids_MK: Tensor, kept_MK: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """SwiGLU experts (`experts.grouped_experts`): gate_up (E, 2F, D), down (E, D, F) -> (M, D).
+
+    Kept for the way back: the hidden activations of the kept assignments, (A, 2F); no product is done twice.
+    """
+    return _RoutedExperts.apply(x_MD, gates_MK, ids_MK, kept_MK, gate_up, down)
+
+
+class _Operand(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("batch", ctypes.c_int64), ("row", ctypes.c_int64), ("head", ctypes.c_int64))
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("B", "H", "groups", "T", "N", "R", "V")),
+        ("scale", ctypes.c_float),
+        ("table", ctypes.c_void_p),
+        ("table_batch", ctypes.c_int64),
+        ("turn_keys", ctypes.c_int64),
+        ("first", ctypes.c_void_p),
+        ("block", ctypes.c_int64),
+        ("S", ctypes.c_int64),
+        ("before", ctypes.c_void_p),
+    )
+
+
+class Sizes(NamedTuple):
+    """Head counts and widths of an attention: H query heads, `groups` key and value heads; N + R per key, R of it rotary; V per value."""
+
+    heads: int
+    groups: int
+    nope: int
+    rope: int
+    value: int
+
+    @property
+    def key(self) -> int:
+        return self.nope + self.rope
+
+
+def _operand(array: Tensor, width: int, offset: int = 0) -> Any:
+    """Heads of `width` one after the other in the rows of array (B, T, ...), from element `offset` on; width 0: one for all heads."""
+    return ctypes.byref(_Operand(array.data_ptr() + 4 * offset, array.stride(0), array.stride(1), width))
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key_value: Tensor, key_rope: Tensor | None, value: Tensor | None, table: Tensor, first: Tensor | None,
+                before: Tensor | None, sizes: Sizes, scale: float) -> Tensor:  # fmt: skip
+        query, key_value, table = query.contiguous(), key_value.contiguous(), _turns(table)
+        key_rope = None if key_rope is None else _rows(key_rope)
+        value = None if value is None else value.contiguous()
+        out = query.new_empty(*query.shape[:2], sizes.heads * sizes.value)
+        operands = (*_inputs(query, key_value, key_rope, value, sizes), _operand(out, sizes.value))
+        shape = _shape(query, key_value, table, first, before, sizes, scale, turn_keys=value is not None)
+        lse = _attend(shape, operands, query)
+        ctx.save_for_backward(query, key_value, key_rope, value, table, first, out, lse)
+        ctx.sizes, ctx.scale = sizes, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key_value, key_rope, value, table, first, out, lse = ctx.saved_tensors
+        sizes: Sizes = ctx.sizes
+        dquery, dkey_value = torch.empty_like(query), torch.empty_like(key_value)
+        dkey_rope = None if key_rope is None else key_rope.new_empty(key_rope.shape)
+        dvalue = None if value is None else torch.empty_like(value)
+        operands = (*_inputs(query, key_value, key_rope, value, sizes), _operand(out, sizes.value))
+        shape = _shape(query, key_value, table, first, None, sizes, ctx.scale, turn_keys=value is not None)
+        grads = _inputs(dquery, dkey_value, dkey_rope, dvalue, sizes)
+        _attend_backward(shape, operands, lse, _operand(gradient.contiguous(), sizes.value), grads, query)
+        return dquery, dkey_value, dkey_rope, dvalue, None, None, None, None, None
+
+
+class _AbsorbedAttention(torch.autograd.Function):
+    """Multi-query attention of H absorbed queries to the latents themselves, then W^UV of each head."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, latent: Tensor, key_rope: Tensor, weight: Tensor, table: Tensor, first: Tensor | None,
+                before: Tensor | None, sizes: Sizes, scale: float) -> Tensor:  # fmt: skip
+        query, latent, key_rope, table = query.contiguous(), _rows(latent), _rows(key_rope), _turns(table)
+        (batch, length), (heads, _, nope, _, value), rank = query.shape[:2], sizes, latent.shape[-1]
+        absorbed, context = query.new_empty(batch, length, heads * rank), query.new_empty(batch, length, heads * rank)
+        inner = sizes._replace(groups=1, nope=rank, value=rank)
+        up_key, up_value = _up_projections(weight, sizes)
+        _heads("NN", heads, (batch * length, rank, nope), _per_head(query, sizes.key), up_key, _per_head(absorbed, rank))
+        operands = (*_absorbed_inputs(absorbed, query, latent, key_rope, latent, sizes, rank), _operand(context, rank))
+        lse = _attend(_shape(query, latent, table, first, before, inner, scale, turn_keys=False), operands, query)
+        out = query.new_empty(batch, length, heads * value)
+        _heads("NT", heads, (batch * length, value, rank), _per_head(context, rank), up_value, _per_head(out, value))
+        ctx.save_for_backward(query, latent, key_rope, weight, table, first, absorbed, context, lse)
+        ctx.sizes, ctx.scale = sizes, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, latent, key_rope, weight, table, first, absorbed, context, lse = ctx.saved_tensors
+        sizes: Sizes = ctx.sizes
+        gradient = gradient.contiguous()
+        (batch, length), (heads, _, nope, _, value), rank = query.shape[:2], sizes, latent.shape[-1]
+        tokens, inner = batch * length, sizes._replace(groups=1, nope=rank, value=rank)
+        up_key, up_value = _up_projections(weight, sizes)
+        dweight, dquery = torch.empty_like(weight), torch.empty_like(query)
+        dup_key, dup_value = _up_projections(dweight, sizes)
+        dcontext, dabsorbed = torch.empty_like(context), torch.empty_like(absorbed)
+        dlatent, dlatent_value, dkey_rope = latent.new_empty(latent.shape), latent.new_empty(latent.shape), key_rope.new_empty(key_rope.shape)
+        _heads("NN", heads, (tokens, rank, value), _per_head(gradient, value), up_value, _per_head(dcontext, rank))
+        _heads("TN", heads, (value, rank, tokens), _per_head(gradient, value), _per_head(context, rank), dup_value)
+        operands = (*_absorbed_inputs(absorbed, query, latent, key_rope, latent, sizes, rank), _operand(context, rank))
+        shape = _shape(query, latent, table, first, None, inner, ctx.scale, turn_keys=False)
+        grads = _absorbed_inputs(dabsorbed, dquery, dlatent, dkey_rope, dlatent_value, sizes, rank)
+        _attend_backward(shape, operands, lse, _operand(dcontext, rank), grads, query)
+        _heads("NT", heads, (tokens, nope, rank), _per_head(dabsorbed, rank), up_key, _per_head(dquery, sizes.key))
+        _heads("TN", heads, (nope, rank, tokens), _per_head(query, sizes.key), _per_head(dabsorbed, rank), dup_key)
+        return dquery, dlatent.add_(dlatent_value), dkey_rope, dweight, None, None, None, None, None
+
+
+def latent_attention(
+    query: Tensor,
+    key_value: Tensor,
+    key_rope: Tensor,
+    table: Tensor,
+    sizes: Sizes,
+    scale: float,
+    first: Tensor | None = None,
+    before: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of MLA in its expanded form, from the projections as they come.
+
+    query (B, T, H (N + R)), its rotary parts not yet turned; key_value (B, S, H (N + V)) rebuilt from the latent;
+    key_rope (B, S, R), turned, one for all heads; table complex (T, R / 2) or (B, 1, T, R / 2);
+    first (int32, B, T): the first position that each position may see, never decreasing;
+    before (int64, B): keys before the first query, where S is more than T (without gradients only) -> (B, T, H V).
+    """
+    return _CausalAttention.apply(query, key_value, key_rope, None, table, first, before, sizes, scale)
+
+
+def absorbed_attention(
+    query: Tensor,
+    latent: Tensor,
+    key_rope: Tensor,
+    weight: Tensor,
+    table: Tensor,
+    sizes: Sizes,
+    scale: float,
+    first: Tensor | None = None,
+    before: Tensor | None = None,
+) -> Tensor:
+    """The same function in the absorbed form: latent (B, S, C) and weight (H (N + V), C) of kv_b_proj instead of what they make."""
+    return _AbsorbedAttention.apply(query, latent, key_rope, weight, table, first, before, sizes, scale)
+
+
+def grouped_attention(query: Tensor, key: Tensor, value: Tensor, table: Tensor, sizes: Sizes, scale: float, first: Tensor | None = None) -> Tensor:
+    """Causal attention with `groups` key and value heads: query (B, T, H (N + R)) and key (B, T, groups (N + R)), neither
+    turned yet, value (B, T, groups V) -> (B, T, H V); the rest as in `latent_attention`."""
+    return _CausalAttention.apply(query, key, None, value, table, first, None, sizes, scale)
+
+
+CHUNK_BYTES = 2**18
+"""Of cached rows that decoding looks at at a time: they stay in the second-level cache between the two products."""
+
+
+def latent_decode(
+    query: Tensor, latent: Tensor, key_rope: Tensor, weight: Tensor, table: Tensor, positions: Tensor, sizes: Sizes, scale: float
+) -> Tensor:
+    """`absorbed_attention` for a few new positions (int64, B, T) over a cache, each of which sees the rows up to its own; no gradients."""
+    query, latent, key_rope, table, positions = query.contiguous(), _rows(latent), _rows(key_rope), _turns(table), positions.contiguous()
+    (batch, length), (heads, _, nope, rope, value), rank = query.shape[:2], sizes, latent.shape[-1]
+    chunk = max(16, min(latent.shape[1], CHUNK_BYTES // (4 * (rank + rope))))
+    out = query.new_empty(batch, length, heads * value)
+    scratch = query.new_empty(length * heads * (3 * rank + rope + 2 + chunk))
+    _c().latent_decode(
+        _pointer(query), _pointer(table), _i(_per_batch(table, query)),
+        _pointer(latent), _i(latent.stride(0)), _i(latent.stride(1)), _pointer(key_rope), _i(key_rope.stride(0)), _i(key_rope.stride(1)),
+        *map(_pointer, (positions, weight, out, scratch)), ctypes.c_float(scale),
+        *map(_i, (batch, length, heads, nope, rope, value, rank, chunk)),
+    )  # fmt: skip
+    return out
+
+
+def _inputs(query: Tensor, key_value: Tensor, key_rope: Tensor | None, value: Tensor | None, sizes: Sizes) -> tuple[Any, ...]:
+    """Operands of the expanded form: query and key, both without and with rotation, and value."""
+    queries = (_operand(query, sizes.key), _operand(query, sizes.key, sizes.nope))
+    if value is not None:
+        return *queries, _operand(key_value, sizes.key), _operand(key_value, sizes.key, sizes.nope), _operand(value, sizes.value)
+    assert key_rope is not None
+    rebuilt = sizes.nope + sizes.value
+    return *queries, _operand(key_value, rebuilt), _operand(key_rope, 0), _operand(key_value, rebuilt, sizes.nope)
+
+
+def _absorbed_inputs(absorbed: Tensor, query: Tensor, latent: Tensor, key_rope: Tensor, value: Tensor, sizes: Sizes, rank: int) -> tuple[Any, ...]:
+    queries = (_operand(absorbed, rank), _operand(query, sizes.key, sizes.nope))
+    return *queries, _operand(latent, 0), _operand(key_rope, 0), _operand(value, 0)
+
+
+def _shape(query: Tensor, keys: Tensor, table: Tensor, first: Tensor | None, before: Tensor | None, sizes: Sizes, scale: float, *,
+           turn_keys: bool) -> _Shape:  # fmt: skip
+    batch, length = query.shape[:2]
+    return _Shape(
+        batch, sizes.heads, sizes.groups, length, sizes.nope, sizes.rope, sizes.value, scale, table.data_ptr(), _per_batch(table, query), turn_keys,
+        _pointer(first), min(QUERIES, length), keys.shape[1], _pointer(before),
+    )  # fmt: skip
+
+
+def _attend(shape: _Shape, operands: tuple[Any, ...], like: Tensor) -> Tensor:
+    lse = like.new_empty(shape.B, shape.H, shape.T)
+    width = shape.N + shape.R
+    scratch = like.new_empty(shape.T * width + shape.S * (width + shape.block))
+    _c().attention_forward(ctypes.byref(shape), *operands, _pointer(lse), _pointer(scratch))
+    return lse
+
+
+def _attend_backward(shape: _Shape, operands: tuple[Any, ...], lse: Tensor, gradient: Any, grads: tuple[Any, ...], like: Tensor) -> None:
+    assert shape.S == shape.T
+    scratch = like.new_empty(shape.T * (4 * (shape.N + shape.R) + shape.V + 2 * shape.block))
+    _c().attention_backward(ctypes.byref(shape), *operands, _pointer(lse), gradient, *grads, _pointer(scratch))
+
+
+def _up_projections(weight: Tensor, sizes: Sizes) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """W^UK and W^UV inside kv_b_proj's (H (N + V), C): address, row stride, head stride."""
+    rank, per_head = weight.shape[1], (sizes.nope + sizes.value) * weight.shape[1]
+    return (weight.data_ptr(), rank, per_head), (weight.data_ptr() + 4 * sizes.nope * rank, rank, per_head)
+
+
+def _per_head(x: Tensor, width: int) -> tuple[int, int, int]:
+    """Heads of `width` beside each other in contiguous x (B, T, ...)."""
+    return x.data_ptr(), x.stride(1), width
+
+
+def _heads(transposed: str, heads: int, mnk: tuple[int, int, int], *operands: tuple[int, int, int]) -> None:
+    """C_h = op(A_h) op(B_h) of (m, k) and (k, n) for each head."""
+    ways = (ctypes.c_char(letter.encode()) for letter in transposed)
+    places = (part for address, row, head in operands for part in (ctypes.c_void_p(address), _i(row), _i(head)))
+    _c().heads_product(*ways, _i(heads), *map(_i, mnk), *places)
+
+
+def _turns(table: Tensor) -> Tensor:
+    """Complex (..., T, R / 2) as real (..., T, R / 2, 2)."""
+    return torch.view_as_real(table).contiguous()
+
+
+def _per_batch(table: Tensor, query: Tensor) -> int:
+    """Floats between one sequence's table and the next one's, of real table (T, R / 2, 2) or (B or 1, 1, T, R / 2, 2)."""
+    return table.stride(0) if table.ndim == 5 and table.shape[0] == query.shape[0] else 0
+
+
+def _i(value: int) -> ctypes.c_int64:
+    return ctypes.c_int64(value)
+
+
+def _c() -> ctypes.CDLL:
+    found = library()
+    assert found is not None
+    return found

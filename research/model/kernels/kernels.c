@@ -1,0 +1,423 @@
+/* What a training step on one CPU core spends outside its matrix products, fused; the products themselves are torch's own sgemm.
+
+   All arrays are float32 and row-major; M tokens, D hidden size, E experts, K chosen, F expert width, A assignments;
+   B sequences, T positions, H heads, N + R query width (R of it rotary), V value width.  Nothing here allocates: scratch is the caller's.
+   NaN and infinity must come through, so that divergence is seen: no -ffast-math, only reassociation. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef int64_t i64;
+typedef void (*sgemm_t)(const char *, const char *, const int *, const int *, const int *, const float *, const float *, const int *,
+                        const float *, const int *, const float *, float *, const int *);
+static sgemm_t sgemm;
+
+void set_sgemm(sgemm_t function) { sgemm = function; }
+
+/* Row-major C (m, n) = alpha op(A) op(B) + beta C: to the column-major routine it is C^T = op(B)^T op(A)^T. */
+static void gemm(char ta, char tb, int m, int n, int k, float alpha, const float *a, int lda, const float *b, int ldb, float beta, float *c, int ldc)
+{
+    if (m > 0 && n > 0)
+        sgemm(&tb, &ta, &n, &m, &k, &alpha, b, &ldb, a, &lda, &beta, c, &ldc);
+}
+
+/* e^x to 1 ulp or so, in a form that vectorises: e^x = 2^n e^r with |r| <= ln(2) / 2. */
+static inline float exponential(float x)
+{
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    float n = rintf(x * 1.44269504f);
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    union { int32_t i; float f; } power = {.i = ((int32_t)n + 127) << 23};
+    return p * power.f;
+}
+
+static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+/* The largest of n numbers, NaN not among them (a row with one is NaN afterwards by its exponentials). */
+#if defined(__GNUC__) && !defined(__clang__)
+__attribute__((optimize("finite-math-only")))
+#endif
+static float largest(const float *x, i64 n)
+{
+    float most = -INFINITY;
+    for (i64 j = 0; j < n; j++) most = x[j] > most ? x[j] : most;
+    return most;
+}
+
+/* ---- RMSNorm ---- */
+
+/* y = x * inverse * weight with inverse = 1 / sqrt(mean(x^2) + eps), kept for the way back. */
+void rms_norm(const float *restrict x, i64 x_stride, const float *restrict weight, float eps, float *restrict y, float *restrict inverse, i64 rows, i64 d)
+{
+    for (i64 m = 0; m < rows; m++) {
+        const float *row = x + m * x_stride;
+        float *out = y + m * d, sum = 0.0f;
+        for (i64 j = 0; j < d; j++) sum += row[j] * row[j];
+        float scale = 1.0f / sqrtf(sum / d + eps);
+        inverse[m] = scale;
+        for (i64 j = 0; j < d; j++) out[j] = row[j] * scale * weight[j];
+    }
+}
+
+void rms_norm_backward(const float *restrict g, const float *restrict x, i64 x_stride, const float *restrict weight, const float *restrict inverse,
+                       float *restrict dx, float *restrict dweight, i64 rows, i64 d)
+{
+    memset(dweight, 0, d * sizeof(float));
+    for (i64 m = 0; m < rows; m++) {
+        const float *row = x + m * x_stride, *grad = g + m * d;
+        float *out = dx + m * d, scale = inverse[m], along = 0.0f;
+        for (i64 j = 0; j < d; j++) along += grad[j] * weight[j] * row[j];
+        float pull = along * scale * scale * scale / d;
+        for (i64 j = 0; j < d; j++) {
+            dweight[j] += grad[j] * row[j] * scale;
+            out[j] = grad[j] * weight[j] * scale - row[j] * pull;
+        }
+    }
+}
+
+/* ---- SwiGLU ---- */
+
+void swiglu(const float *restrict gate, const float *restrict up, float *restrict out, i64 n)
+{
+    for (i64 j = 0; j < n; j++) out[j] = gate[j] * sigmoid(gate[j]) * up[j];
+}
+
+void swiglu_backward(const float *restrict g, const float *restrict gate, const float *restrict up, float *restrict dgate, float *restrict dup, i64 n)
+{
+    for (i64 j = 0; j < n; j++) {
+        float s = sigmoid(gate[j]), silu = gate[j] * s;
+        dup[j] = g[j] * silu;
+        dgate[j] = g[j] * up[j] * (s + silu * (1.0f - s));
+    }
+}
+
+/* ---- Routed experts ---- */
+
+/* Assignments sorted by expert, in the order of the tokens within one: slot[a] = token * K + choice; expert e has slots
+   ends[e - 1] to ends[e].  Dropped ones get no slot.  Returns the number of slots. */
+i64 sort_by_expert(const i64 *restrict ids, const uint8_t *restrict kept, i64 *restrict slot, i64 *restrict ends, i64 assignments, i64 experts)
+{
+    memset(ends, 0, experts * sizeof(i64));
+    for (i64 a = 0; a < assignments; a++)
+        if (kept[a]) ends[ids[a]]++;
+    i64 total = 0;
+    for (i64 e = 0; e < experts; e++) {
+        i64 load = ends[e];
+        ends[e] = total;
+        total += load;
+    }
+    for (i64 a = 0; a < assignments; a++)
+        if (kept[a]) slot[ends[ids[a]]++] = a;
+    return total;
+}
+
+static void gather(const float *restrict from, const i64 *restrict slot, i64 chosen, i64 rows, i64 d, float *restrict to)
+{
+    for (i64 r = 0; r < rows; r++) memcpy(to + r * d, from + slot[r] / chosen * d, d * sizeof(float));
+}
+
+static void scatter_add(const float *restrict from, const i64 *restrict slot, i64 chosen, i64 rows, i64 d, float *restrict to)
+{
+    for (i64 r = 0; r < rows; r++) {
+        float *row = to + slot[r] / chosen * d;
+        const float *add = from + r * d;
+        for (i64 j = 0; j < d; j++) row[j] += add[j];
+    }
+}
+
+/* out (M, D) += gate * down_e(silu(gate_e x) * up_e x) over the slots; hidden (A, 2F) is kept for the way back.
+   The gate is applied where the path is narrowest.  scratch: ROWS * (2 D + F) floats; an expert's slots are taken ROWS at a time. */
+#define ROWS 256
+
+void experts_forward(const float *x, const float *gates, const i64 *slot, const i64 *ends, const float *gate_up, const float *down, float *hidden,
+                     float *out, float *scratch, i64 chosen, i64 experts, i64 d, i64 f)
+{
+    float *rows = scratch, *result = rows + ROWS * d, *active = result + ROWS * d;
+    i64 begin = 0;
+    for (i64 e = 0; e < experts; e++) {
+        for (; begin < ends[e]; begin += ROWS < ends[e] - begin ? ROWS : ends[e] - begin) {
+            i64 n = ends[e] - begin < ROWS ? ends[e] - begin : ROWS;
+            float *h = hidden + begin * 2 * f;
+            gather(x, slot + begin, chosen, n, d, rows);
+            gemm('N', 'T', n, 2 * f, d, 1.0f, rows, d, gate_up + e * 2 * f * d, d, 0.0f, h, 2 * f);
+            for (i64 r = 0; r < n; r++) {
+                const float *restrict g = h + r * 2 * f, *restrict u = g + f;
+                float *restrict a = active + r * f, weight = gates[slot[begin + r]];
+                for (i64 j = 0; j < f; j++) a[j] = g[j] * sigmoid(g[j]) * u[j] * weight;
+            }
+            gemm('N', 'T', n, d, f, 1.0f, active, f, down + e * d * f, f, 0.0f, result, d);
+            scatter_add(result, slot + begin, chosen, n, d, out);
+        }
+    }
+}
+
+/* dx (M, D) is added to; dgates (A of M * K) and the weights' gradients are written (zeros for an expert without slots).
+   scratch: ROWS * (2 D + 4 F) floats. */
+void experts_backward(const float *dout, const float *x, const float *gates, const i64 *slot, const i64 *ends, const float *gate_up, const float *down,
+                      const float *hidden, float *dx, float *dgates, float *dgate_up, float *ddown, float *scratch, i64 chosen, i64 experts, i64 d, i64 f)
+{
+    float *rows = scratch, *grad = rows + ROWS * d, *active = grad + ROWS * d, *dactive = active + ROWS * f, *dhidden = dactive + ROWS * f;
+    i64 begin = 0;
+    for (i64 e = 0; e < experts; e++) {
+        const float *w_in = gate_up + e * 2 * f * d, *w_out = down + e * d * f;
+        float *dw_in = dgate_up + e * 2 * f * d, *dw_out = ddown + e * d * f, beta = 0.0f;
+        if (begin == ends[e]) {
+            memset(dw_in, 0, 2 * f * d * sizeof(float));
+            memset(dw_out, 0, f * d * sizeof(float));
+        }
+        while (begin < ends[e]) {
+            i64 n = ends[e] - begin < ROWS ? ends[e] - begin : ROWS;
+            gather(dout, slot + begin, chosen, n, d, grad);
+            gather(x, slot + begin, chosen, n, d, rows);
+            gemm('N', 'N', n, f, d, 1.0f, grad, d, w_out, f, 0.0f, dactive, f);
+            for (i64 r = 0; r < n; r++) {
+                const float *restrict g = hidden + (begin + r) * 2 * f, *restrict u = g + f, *restrict da = dactive + r * f;
+                float *restrict a = active + r * f, *restrict dg = dhidden + r * 2 * f, *restrict du = dg + f;
+                float weight = gates[slot[begin + r]], dweight = 0.0f;
+                for (i64 j = 0; j < f; j++) {
+                    float s = sigmoid(g[j]), silu = g[j] * s, value = silu * u[j], back = da[j] * weight;
+                    dweight += da[j] * value;
+                    a[j] = value * weight;
+                    du[j] = back * silu;
+                    dg[j] = back * u[j] * (s + silu * (1.0f - s));
+                }
+                dgates[slot[begin + r]] = dweight;
+            }
+            gemm('T', 'N', d, f, n, 1.0f, grad, d, active, f, beta, dw_out, f);
+            gemm('T', 'N', 2 * f, d, n, 1.0f, dhidden, 2 * f, rows, d, beta, dw_in, d);
+            gemm('N', 'N', n, d, 2 * f, 1.0f, dhidden, 2 * f, w_in, d, 0.0f, rows, d);
+            scatter_add(rows, slot + begin, chosen, n, d, dx);
+            begin += n;
+            beta = 1.0f;
+        }
+    }
+}
+
+/* ---- Causal attention with rotary parts ---- */
+
+/* Where one operand lies: position t of sequence b and head h begins at data + b * batch + t * row + h * head. */
+typedef struct { float *data; i64 batch, row, head; } Operand;
+
+typedef struct {
+    i64 B, H, groups, T, N, R, V;
+    float scale;
+    const float *table; i64 table_batch; /* cosine and sine of each pair, (T, R); whether keys are turned too is `turn_keys` */
+    i64 turn_keys;
+    const int32_t *first; /* (B, T) first position that each may see (never decreasing), or NULL for 0 */
+    i64 block;            /* queries at a time */
+    i64 S;                /* keys; T where nothing came before */
+    const i64 *before;    /* (B) keys before the first query, or NULL for 0: query t sees keys up to before + t */
+} Shape;
+
+static void pack(const float *nope, i64 nope_row, const float *rope, i64 rope_row, const float *table, float scale, float *to, i64 T, i64 N, i64 R)
+{
+    for (i64 t = 0; t < T; t++) {
+        float *restrict out = to + t * (N + R);
+        const float *restrict a = nope + t * nope_row, *restrict b = rope + t * rope_row;
+        for (i64 j = 0; j < N; j++) out[j] = a[j] * scale;
+        out += N;
+        if (!table) {
+            for (i64 j = 0; j < R; j++) out[j] = b[j] * scale;
+            continue;
+        }
+        const float *restrict turn = table + t * R;
+        for (i64 j = 0; j < R; j += 2) {
+            out[j] = (b[j] * turn[j] - b[j + 1] * turn[j + 1]) * scale;
+            out[j + 1] = (b[j] * turn[j + 1] + b[j + 1] * turn[j]) * scale;
+        }
+    }
+}
+
+/* The way back of `pack`: written where the gradients lie, or added to a rotary part that heads share. */
+static void unpack(const float *from, const float *table, float scale, float *nope, i64 nope_row, float *rope, i64 rope_row, int shared, i64 T, i64 N, i64 R)
+{
+    for (i64 t = 0; t < T; t++) {
+        const float *restrict in = from + t * (N + R);
+        float *restrict a = nope + t * nope_row, *restrict b = rope + t * rope_row;
+        for (i64 j = 0; j < N; j++) a[j] = in[j] * scale;
+        in += N;
+        if (!shared)
+            memset(b, 0, R * sizeof(float));
+        if (!table) {
+            for (i64 j = 0; j < R; j++) b[j] += in[j] * scale;
+            continue;
+        }
+        const float *restrict turn = table + t * R;
+        for (i64 j = 0; j < R; j += 2) {
+            b[j] += (in[j] * turn[j] + in[j + 1] * turn[j + 1]) * scale;
+            b[j + 1] += (in[j + 1] * turn[j] - in[j] * turn[j + 1]) * scale;
+        }
+    }
+}
+
+static float *at(Operand o, i64 b, i64 h) { return o.data + b * o.batch + h * o.head; }
+
+/* out (B, T, H, V) and lse (B, H, T) of softmax(scale q k^T) v.  scratch: T (N + R) + S (N + R + block) floats.
+   Keys are turned by the queries' table, so `turn_keys` goes with S = T.
+   A block of queries takes all its keys at once: no running maximum, and one product of good size each. */
+void attention_forward(const Shape *s, const Operand *qn, const Operand *qr, const Operand *kn, const Operand *kr, const Operand *v, const Operand *out,
+                       float *lse, float *scratch)
+{
+    i64 T = s->T, S = s->S, d = s->N + s->R;
+    float *q = scratch, *k = q + T * d, *p = k + S * d;
+    for (i64 b = 0; b < s->B; b++) {
+        const float *table = s->table + b * s->table_batch;
+        const int32_t *first = s->first ? s->first + b * T : 0;
+        i64 before = s->before ? s->before[b] : 0;
+        for (i64 h = 0; h < s->H; h++) {
+            i64 g = h / (s->H / s->groups);
+            if (h % (s->H / s->groups) == 0)
+                pack(at(*kn, b, g), kn->row, at(*kr, b, g), kr->row, s->turn_keys ? table : 0, 1.0f, k, S, s->N, s->R);
+            pack(at(*qn, b, h), qn->row, at(*qr, b, h), qr->row, table, s->scale, q, T, s->N, s->R);
+            for (i64 q0 = 0; q0 < T; q0 += s->block) {
+                i64 q1 = q0 + s->block < T ? q0 + s->block : T, lo = first ? first[q0] : 0, w = (q1 + before < S ? q1 + before : S) - lo;
+                gemm('N', 'T', q1 - q0, w, d, 1.0f, q + q0 * d, d, k + lo * d, d, 0.0f, p, w);
+                float *o = at(*out, b, h) + q0 * out->row;
+                float sums[256];
+                for (i64 i = q0; i < q1; i++) {
+                    float *restrict row = p + (i - q0) * w, sum = 0.0f;
+                    i64 from = (first ? first[i] : 0) - lo, to = (i + before < S ? i + before + 1 : S) - lo; /* beyond S only padding asks */
+                    float most = largest(row + from, to - from);
+                    for (i64 j = from; j < to; j++) {
+                        row[j] = exponential(row[j] - most);
+                        sum += row[j];
+                    }
+                    for (i64 j = 0; j < from; j++) row[j] = 0.0f;
+                    for (i64 j = to; j < w; j++) row[j] = 0.0f;
+                    sums[i - q0] = 1.0f / sum;
+                    lse[(b * s->H + h) * T + i] = most + logf(sum);
+                }
+                gemm('N', 'N', q1 - q0, s->V, w, 1.0f, p, w, at(*v, b, g) + lo * v->row, v->row, 0.0f, o, out->row);
+                for (i64 i = 0; i < q1 - q0; i++)
+                    for (i64 j = 0; j < s->V; j++) o[i * out->row + j] *= sums[i];
+            }
+        }
+    }
+}
+
+/* Writes the gradients of all five operands.  scratch: T (4 (N + R) + V + 2 block) floats. */
+void attention_backward(const Shape *s, const Operand *qn, const Operand *qr, const Operand *kn, const Operand *kr, const Operand *v, const Operand *out,
+                        const float *lse, const Operand *dout, const Operand *dqn, const Operand *dqr, const Operand *dkn, const Operand *dkr,
+                        const Operand *dv, float *scratch)
+{
+    i64 T = s->T, d = s->N + s->R, V = s->V;
+    float *q = scratch, *k = q + T * d, *dq = k + T * d, *dk = dq + T * d, *dvalue = dk + T * d, *p = dvalue + T * V, *ds = p + T * s->block;
+    for (i64 b = 0; b < s->B; b++) {
+        const float *table = s->table + b * s->table_batch;
+        const int32_t *first = s->first ? s->first + b * T : 0;
+        for (i64 h = 0; h < s->H; h++) {
+            i64 per_group = s->H / s->groups, g = h / per_group;
+            if (h % per_group == 0) {
+                pack(at(*kn, b, g), kn->row, at(*kr, b, g), kr->row, s->turn_keys ? table : 0, 1.0f, k, T, s->N, s->R);
+                memset(dk, 0, T * (d + V) * sizeof(float));
+            }
+            pack(at(*qn, b, h), qn->row, at(*qr, b, h), qr->row, table, s->scale, q, T, s->N, s->R);
+            for (i64 q0 = 0; q0 < T; q0 += s->block) {
+                i64 q1 = q0 + s->block < T ? q0 + s->block : T, lo = first ? first[q0] : 0, w = q1 - lo;
+                const float *o = at(*out, b, h) + q0 * out->row, *go = at(*dout, b, h) + q0 * dout->row, *value = at(*v, b, g) + lo * v->row;
+                gemm('N', 'T', q1 - q0, w, d, 1.0f, q + q0 * d, d, k + lo * d, d, 0.0f, p, w);
+                gemm('N', 'T', q1 - q0, w, V, 1.0f, go, dout->row, value, v->row, 0.0f, ds, w);
+                for (i64 i = q0; i < q1; i++) {
+                    float *restrict row = p + (i - q0) * w, *restrict back = ds + (i - q0) * w;
+                    const float *oi = o + (i - q0) * out->row, *goi = go + (i - q0) * dout->row;
+                    float log_sum = lse[(b * s->H + h) * T + i], delta = 0.0f;
+                    i64 from = (first ? first[i] : 0) - lo, to = i - lo + 1;
+                    for (i64 j = 0; j < V; j++) delta += oi[j] * goi[j];
+                    for (i64 j = from; j < to; j++) {
+                        row[j] = exponential(row[j] - log_sum);
+                        back[j] = row[j] * (back[j] - delta);
+                    }
+                    for (i64 j = 0; j < from; j++) row[j] = back[j] = 0.0f;
+                    for (i64 j = to; j < w; j++) row[j] = back[j] = 0.0f;
+                }
+                gemm('T', 'N', w, V, q1 - q0, 1.0f, p, w, go, dout->row, 1.0f, dvalue + lo * V, V);
+                gemm('N', 'N', q1 - q0, d, w, 1.0f, ds, w, k + lo * d, d, 0.0f, dq + q0 * d, d);
+                gemm('T', 'N', w, d, q1 - q0, 1.0f, ds, w, q + q0 * d, d, 1.0f, dk + lo * d, d);
+            }
+            unpack(dq, table, s->scale, at(*dqn, b, h), dqn->row, at(*dqr, b, h), dqr->row, 0, T, s->N, s->R);
+            if (h % per_group == per_group - 1) {
+                unpack(dk, s->turn_keys ? table : 0, 1.0f, at(*dkn, b, g), dkn->row, at(*dkr, b, g), dkr->row, dkr->head == 0 && g > 0, T, s->N, s->R);
+                float *to = at(*dv, b, g);
+                for (i64 t = 0; t < T; t++)
+                    memcpy(to + t * dv->row, dvalue + t * V, V * sizeof(float));
+            }
+        }
+    }
+}
+
+/* ---- Absorbed attention over a cache ---- */
+
+/* C_h = op(A_h) op(B_h) for every head: operands begin a head's width apart. */
+void heads_product(char ta, char tb, i64 heads, i64 m, i64 n, i64 k, const float *a, i64 lda, i64 a_head, const float *b, i64 ldb, i64 b_head, float *c,
+                   i64 ldc, i64 c_head)
+{
+    for (i64 h = 0; h < heads; h++) gemm(ta, tb, m, n, k, 1.0f, a + h * a_head, lda, b + h * b_head, ldb, 0.0f, c + h * c_head, ldc);
+}
+
+/* The absorbed form for a few new positions (V2 section 2.1): every head attends to the latent rows themselves.
+   query (B, T, H, N + R), its rotary parts not yet turned; table (B or 1, T, R); latent rows (C) and rotary keys (R) of the cache, with their strides;
+   position (B, T) of each query, which sees the rows up to it; weight (H, N + V, C) of kv_b_proj -> out (B, T, H, V).
+   Rows are taken `chunk` at a time with a running maximum, so that each is fetched from memory once for all heads.
+   scratch: T H (3 C + R + 2 + chunk) floats. */
+void latent_decode(const float *query, const float *table, i64 table_batch, const float *latent, i64 latent_batch, i64 latent_row, const float *rope,
+                   i64 rope_batch, i64 rope_row, const i64 *position, const float *weight, float *out, float *scratch, float scale, i64 B, i64 T, i64 H,
+                   i64 N, i64 R, i64 V, i64 C, i64 chunk)
+{
+    i64 rows = T * H;
+    float *qc = scratch, *qr = qc + rows * C, *sum = qr + rows * R, *fresh = sum + rows * C, *most = fresh + rows * C, *total = most + rows, *p = total + rows;
+    for (i64 b = 0; b < B; b++) {
+        const float *q = query + b * T * H * (N + R), *c = latent + b * latent_batch, *kr = rope + b * rope_batch;
+        for (i64 h = 0; h < H; h++)
+            gemm('N', 'N', T, C, N, scale, q + h * (N + R), H * (N + R), weight + h * (N + V) * C, C, 0.0f, qc + h * C, H * C);
+        for (i64 t = 0; t < T; t++)
+            for (i64 h = 0; h < H; h++)
+                pack(q, 0, q + (t * H + h) * (N + R) + N, 0, table + b * table_batch + t * R, scale, qr + (t * H + h) * R, 1, 0, R);
+        i64 end = 0;
+        for (i64 t = 0; t < T; t++) end = position[b * T + t] + 1 > end ? position[b * T + t] + 1 : end;
+        for (i64 r = 0; r < rows; r++) {
+            most[r] = -INFINITY;
+            total[r] = 0.0f;
+        }
+        memset(sum, 0, rows * C * sizeof(float));
+        for (i64 lo = 0; lo < end; lo += chunk) {
+            i64 w = end - lo < chunk ? end - lo : chunk;
+            gemm('N', 'T', rows, w, C, 1.0f, qc, C, c + lo * latent_row, latent_row, 0.0f, p, w);
+            gemm('N', 'T', rows, w, R, 1.0f, qr, R, kr + lo * rope_row, rope_row, 1.0f, p, w);
+            for (i64 r = 0; r < rows; r++) {
+                float *restrict row = p + r * w, add = 0.0f;
+                i64 to = position[b * T + r / H] + 1 - lo;
+                to = to < 0 ? 0 : to > w ? w : to;
+                for (i64 j = to; j < w; j++) row[j] = 0.0f;
+                if (to == 0)
+                    continue;
+                float top = largest(row, to), before = most[r];
+                if (!(top > before)) top = before;
+                for (i64 j = 0; j < to; j++) {
+                    row[j] = exponential(row[j] - top);
+                    add += row[j];
+                }
+                float fade = before == -INFINITY ? 0.0f : exponential(before - top);
+                total[r] = total[r] * fade + add;
+                most[r] = top;
+                for (i64 j = 0; j < C; j++) sum[r * C + j] *= fade;
+            }
+            gemm('N', 'N', rows, C, w, 1.0f, p, w, c + lo * latent_row, latent_row, 0.0f, fresh, C);
+            for (i64 j = 0; j < rows * C; j++) sum[j] += fresh[j];
+        }
+        for (i64 r = 0; r < rows; r++) {
+            float share = 1.0f / total[r];
+            for (i64 j = 0; j < C; j++) sum[r * C + j] *= share;
+        }
+        for (i64 h = 0; h < H; h++)
+            gemm('N', 'T', T, V, C, 1.0f, sum + h * C, H * C, weight + (h * (N + V) + N) * C, C, 0.0f, out + (b * T * H + h) * V, H * V);
+    }
+}

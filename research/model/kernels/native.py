@@ -1,0 +1,74 @@
+"""Compiles `kernels.c` once per machine and loads it; says when it may be used.
+
+The library needs a C compiler (`$CC`, cc, gcc or clang) and the BLAS routine that torch carries.  Where one of them
+is missing, or MOELAB_KERNELS=off, `library()` is None and the model runs in plain PyTorch, to other roundings.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from research.folders import cache_directory
+
+SOURCE = Path(__file__).with_name("kernels.c")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-shared", "-fPIC")
+log = logging.getLogger(__name__)
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None; why not is logged once."""
+    if os.environ.get("MOELAB_KERNELS", "on") == "off":
+        return None
+    compiler = os.environ.get("CC") or next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+    if compiler is None:
+        log.warning("no C compiler found: the model runs in plain PyTorch, more slowly")
+        return None
+    try:
+        return _load(_compiled(compiler))
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        log.warning("kernels.c cannot be used (%s): the model runs in plain PyTorch, more slowly", error)
+        return None
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether these tensors may go to the kernels: float32 on a CPU, one thread, and no tracing."""
+    # The cheap questions first: this is asked thousands of times a second.
+    for tensor in tensors:
+        if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or type(tensor) not in (Tensor, torch.nn.Parameter):
+            return False
+    return torch.get_num_threads() == 1 and not torch.compiler.is_compiling() and library() is not None
+
+
+def _compiled(compiler: str) -> Path:
+    """The shared object for this source, compiler and processor, made if it is not there; safe when several processes ask at once."""
+    macros = subprocess.run(  # what -march=native means here: a cache may be shared by machines that differ
+        [compiler, "-march=native", "-dM", "-E", "-x", "c", "/dev/null"], capture_output=True, check=True, timeout=60
+    ).stdout
+    key = hashlib.sha256(SOURCE.read_bytes() + macros + " ".join(FLAGS).encode()).hexdigest()[:16]
+    folder = cache_directory() / "kernels"
+    target = folder / f"{key}.so"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            made = Path(work) / "kernels.so"
+            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"], capture_output=True, check=True, timeout=300)
+            made.rename(target)
+    return target
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    blas = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    kernels = ctypes.CDLL(str(path))
+    kernels.set_sgemm(ctypes.cast(blas.sgemm_, ctypes.c_void_p))
+    kernels.sort_by_expert.restype = ctypes.c_int64
+    return kernels

@@ -1,0 +1,291 @@
+"""The compiled kernels against plain PyTorch in float64: outputs and every gradient, at odd sizes."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from odd_models import YARN, random_model, small
+from torch.nn import functional as F
+
+from research.model.experts import looped_experts
+from research.model.kernels import functions, native
+from research.model.layers import rotary_table, rotate
+from research.model.router import Routing
+from research.model.transformer import language_loss
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="no C compiler here: the plain forms are what runs, and they have their own tests")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def agree(fast, exact, inputs, seed=0):
+    """`fast` of float32 inputs and `exact` of the same in float64: values and gradients within float32's rounding."""
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    narrow = [x.detach().clone().requires_grad_() for x in inputs]
+    assert native.usable(*narrow)
+    said, wanted = fast(*narrow), exact(*wide)
+    torch.testing.assert_close(said.double(), wanted, atol=2e-6 * float(wanted.abs().max().detach() + 1e-30), rtol=2e-5)
+    weight = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(seed + 1))
+    (said * weight).sum().backward()
+    (wanted * weight).sum().backward()
+    # A gradient that vanishes by cancellation (one position attends to itself) is all rounding: it is measured against the whole.
+    floor = 3e-7 * math.hypot(*(float(x.grad.norm()) for x in wide))
+    for ours, theirs in zip(narrow, wide, strict=True):
+        assert float((ours.grad - theirs.grad).norm()) <= 3e-6 * float(theirs.grad.norm()) + floor
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 40), size=st.integers(2, 70), scale=st.sampled_from([1e-3, 1.0, 1e3]))
+def test_rms_norm(rows, size, scale):
+    def exact(x, weight):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
+
+    agree(lambda x, w: functions.normalise(x, w, 1e-6), exact, [normal(rows, size) * scale, 1 + 0.3 * normal(size, seed=1)])
+
+
+def test_rms_norm_of_a_slice_reads_the_slice():
+    whole = normal(3, 5, 11)
+    agree(lambda x, w: functions.normalise(x[..., :7], w, 1e-6), lambda x, w: F.rms_norm(x[..., :7], (7,), w, 1e-6), [whole, normal(7, seed=2)])
+
+
+@settings(max_examples=20, deadline=None)
+@given(size=st.integers(1, 300), scale=st.sampled_from([0.1, 1.0, 30.0]))
+def test_swiglu(size, scale):
+    agree(functions.swiglu, lambda g, u: F.silu(g) * u, [normal(size) * scale, normal(size, seed=1)])
+
+
+@st.composite
+def routings(draw):
+    """Tokens, experts, choices and who is kept; at times all choose the same, or nobody is kept."""
+    experts = draw(st.integers(1, 9))
+    chosen, tokens = draw(st.integers(1, experts)), draw(st.integers(1, 600))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    taste = torch.rand(tokens, experts, generator=random)
+    if draw(st.booleans()):
+        taste[:, 0] += 2  # one expert takes all
+    if draw(st.booleans()):
+        taste[:, -1] -= 2 if chosen < experts else 0  # one gets nobody
+    ids = taste.topk(chosen).indices
+    kept = torch.rand(tokens, chosen, generator=random) < draw(st.sampled_from([0.0, 0.5, 1.0]))
+    return experts, ids, kept
+
+
+@settings(max_examples=25, deadline=None)
+@given(routing=routings(), size=st.integers(1, 20), width=st.integers(1, 12))
+def test_routed_experts_against_the_loop_over_tokens_and_choices(routing, size, width):
+    experts, ids, kept = routing
+    ids, kept = ids[:40], kept[:40]  # the loop is slow
+    gates = normal(*ids.shape, seed=3).abs() * kept
+
+    def exact(x, gates, gate_up, down):
+        return looped_experts(x, Routing(ids, gates, gates, kept), gate_up, down) + 0 * (x.sum() + gates.sum() + gate_up.sum() + down.sum())
+
+    inputs = [normal(len(ids), size), gates, normal(experts, 2 * width, size, seed=1), normal(experts, size, width, seed=2)]
+    agree(lambda x, gates, *w: functions.routed_experts(x, gates, ids, kept, *w), exact, inputs)
+
+
+@settings(max_examples=15, deadline=None)
+@given(routing=routings())
+def test_routed_experts_of_many_tokens(routing):
+    """More assignments to one expert than are taken at once."""
+    experts, ids, kept = routing
+    gates = normal(*ids.shape, seed=3).abs() * kept
+
+    def exact(x, gates, gate_up, down):
+        hidden = torch.einsum("md,efd->mef", x, gate_up)
+        out = torch.einsum("mef,edf->med", F.silu(hidden[..., :5]) * hidden[..., 5:], down)
+        return (out.gather(1, ids[..., None].expand(-1, -1, 6)) * (gates * kept)[..., None]).sum(1)
+
+    inputs = [normal(len(ids), 6), gates, normal(experts, 10, 6, seed=1), normal(experts, 6, 5, seed=2)]
+    agree(lambda x, gates, *w: functions.routed_experts(x, gates, ids, kept, *w), exact, inputs)
+
+
+def softmax_reference(query, key, value, first, scale):
+    """(B, H, T, a), heads of keys repeated already."""
+    length = query.shape[2]
+    position = torch.arange(length)
+    visible = position[None, :] <= position[:, None]
+    if first is not None:
+        visible = visible & (position[None, None, :] >= first[:, :, None])
+        visible = visible[:, None]
+    return (query @ key.transpose(2, 3) * scale).masked_fill(~visible, -math.inf).softmax(-1) @ value
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    length=st.integers(2, 150),
+    heads=st.integers(1, 4),
+    nope=st.integers(0, 7),
+    rope=st.sampled_from([2, 4, 6]),
+    value=st.integers(1, 9),
+    documents=st.booleans(),
+    yarn=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_latent_attention(batch, length, heads, nope, rope, value, documents, yarn, seed):
+    sizes = functions.Sizes(heads, heads, nope, rope, value)
+    tables = {dtype: rotary_table(torch.arange(length), rope, 100.0, dtype, YARN if yarn else None) for dtype in (torch.float32, torch.float64)}
+    first = None
+    if documents:
+        starts = torch.rand(batch, length, generator=torch.Generator().manual_seed(seed)) < 0.1
+        first = (starts * torch.arange(length)).cummax(1).values.to(torch.int32)
+
+    def exact(query, key_value, key_rope):
+        query = query.unflatten(-1, (heads, -1)).transpose(1, 2)
+        query = torch.cat((query[..., :nope], rotate(query[..., nope:], tables[torch.float64])), -1)
+        rebuilt = key_value.unflatten(-1, (heads, -1)).transpose(1, 2)
+        key = torch.cat((rebuilt[..., :nope], key_rope[:, None].expand(-1, heads, -1, -1)), -1)
+        return softmax_reference(query, key, rebuilt[..., nope:], first, 0.7).transpose(1, 2).flatten(2)
+
+    shapes = [(batch, length, heads * (nope + rope)), (batch, length, heads * (nope + value)), (batch, length, rope)]
+    inputs = [normal(*shape, seed=seed + i) for i, shape in enumerate(shapes)]
+    agree(lambda q, kv, kr: functions.latent_attention(q, kv, kr, tables[torch.float32], sizes, 0.7, first), exact, inputs)
+
+    # The absorbed form is the same function of the latent and the weight that rebuilds keys and values.
+    weight = normal(heads * (nope + value), rank := 3, seed=seed + 9)
+    agree(
+        lambda q, c, kr, w: functions.absorbed_attention(q, c, kr, w, tables[torch.float32], sizes, 0.7, first),
+        lambda q, c, kr, w: exact(q, c @ w.T, kr),
+        [inputs[0], normal(batch, length, rank, seed=seed + 7), inputs[2], weight],
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 130), min_size=1, max_size=3),
+    new=st.integers(1, 40),
+    heads=st.integers(1, 4),
+    nope=st.integers(0, 5),
+    value=st.integers(1, 5),
+    rank=st.integers(1, 9),
+    chunk=st.sampled_from([1, 2**11, 2**18]),
+    seed=st.integers(0, 99),
+)
+def test_new_positions_over_a_cache_of_unequal_lengths(lengths, new, heads, nope, value, rank, chunk, seed):
+    """All three forms, against a softmax over the rows that each position may see."""
+    batch, end, sizes = len(lengths), max(lengths) + new, functions.Sizes(heads, heads, nope, 2, value)
+    before = torch.tensor(lengths)
+    positions = before[:, None] + torch.arange(new)
+    query, weight = normal(batch, new, heads * (nope + 2), seed=seed), normal(heads * (nope + value), rank, seed=seed + 1)
+    room = normal(batch, end + 5, rank + 2, seed=seed + 2)  # a cache is longer than what is filled, and its rows may have other widths
+    latent, key_rope = room[:, :end, :rank], room[:, :end, rank:]
+    table = rotary_table(positions.flatten(), 2, 100.0).unflatten(0, positions.shape)[:, None]
+    turned = query.double().unflatten(-1, (heads, -1)).transpose(1, 2)
+    turned = torch.cat((turned[..., :nope], rotate(turned[..., nope:], table.to(torch.complex128))), -1)
+    rebuilt = (latent.double() @ weight.double().T).unflatten(-1, (heads, -1)).transpose(1, 2)
+    key = torch.cat((rebuilt[..., :nope], key_rope.double()[:, None].expand(-1, heads, -1, -1)), -1)
+    visible = (torch.arange(end) <= positions[..., None])[:, None]
+    wanted = ((turned @ key.transpose(2, 3) * 0.7).masked_fill(~visible, -math.inf).softmax(-1) @ rebuilt[..., nope:]).transpose(1, 2).flatten(2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functions, "CHUNK_BYTES", chunk)
+        said = {
+            "decode": functions.latent_decode(query, latent, key_rope, weight, table, positions, sizes, 0.7),
+            "absorbed": functions.absorbed_attention(query, latent, key_rope, weight, table, sizes, 0.7, before=before),
+            "expanded": functions.latent_attention(query, latent @ weight.T, key_rope, table, sizes, 0.7, before=before),
+        }
+    for form, out in said.items():
+        torch.testing.assert_close(
+            out.double(), wanted, atol=3e-6 * float(wanted.abs().max()), rtol=1e-5, msg=lambda text, form=form: f"{form}: {text}"
+        )
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    length=st.integers(2, 150),
+    groups=st.integers(1, 3),
+    per_group=st.integers(1, 3),
+    nope=st.integers(0, 5),
+    value=st.integers(1, 7),
+    seed=st.integers(0, 99),
+)
+def test_grouped_attention(batch, length, groups, per_group, nope, value, seed):
+    heads, width = groups * per_group, nope + 4
+    sizes = functions.Sizes(heads, groups, nope, 4, value)
+    table = rotary_table(torch.arange(length), 4, 100.0)
+    wide = rotary_table(torch.arange(length), 4, 100.0, torch.float64)
+
+    def exact(query, key, value):
+        def turned(x, count):
+            x = x.unflatten(-1, (count, width)).transpose(1, 2)
+            return torch.cat((x[..., :nope], rotate(x[..., nope:], wide)), -1)
+
+        key = turned(key, groups).repeat_interleave(per_group, 1)
+        value = value.unflatten(-1, (groups, -1)).transpose(1, 2).repeat_interleave(per_group, 1)
+        return softmax_reference(turned(query, heads), key, value, None, 0.5).transpose(1, 2).flatten(2)
+
+    inputs = [normal(batch, length, n, seed=seed + i) for i, n in enumerate((heads * width, groups * width, groups * value))]
+    agree(lambda q, k, v: functions.grouped_attention(q, k, v, table, sizes, 0.5), exact, inputs)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 100.0, 1e4])
+def test_scores_of_any_size_give_probabilities(scale):
+    """The exponential from 1 down to what float32 holds; the largest score of a row may lie anywhere."""
+    sizes = functions.Sizes(1, 1, 4, 2, 3)
+    table = rotary_table(torch.arange(90), 2, 100.0)
+    key_value = torch.cat((normal(1, 90, 4), torch.ones(1, 90, 3)), -1)
+    out = functions.latent_attention(normal(1, 90, 6, seed=1) * scale, key_value, normal(1, 90, 2, seed=2), table, sizes, 1.0)
+    torch.testing.assert_close(out, torch.ones(1, 90, 3), atol=1e-5, rtol=0)
+
+
+def test_what_is_not_a_number_comes_through():
+    bad = normal(1, 70, 6)
+    bad[0, 33, 1] = math.nan
+    sizes = functions.Sizes(1, 1, 4, 2, 3)
+    out = functions.latent_attention(bad, normal(1, 70, 7), normal(1, 70, 2), rotary_table(torch.arange(70), 2, 100.0), sizes, 1.0)
+    assert out.isnan().any(-1)[0].nonzero().flatten().tolist() == [33]
+    assert functions.swiglu(torch.tensor([math.nan, 1.0]), torch.ones(2)).isnan().tolist() == [True, False]
+    assert functions.normalise(torch.tensor([[math.nan, 1.0]]), torch.ones(2), 1e-6).isnan().all()
+
+
+@pytest.mark.parametrize("config", [small(), small(q=None, yarn=YARN, limit=2, shared=2), small(dense=3)])
+def test_a_model_says_the_same_with_and_without(config, monkeypatch):
+    ids = torch.randint(0, 41, (2, 75), generator=torch.Generator().manual_seed(1))
+    found = []
+    for there in (True, False):
+        if not there:
+            monkeypatch.setattr(native, "library", lambda: None)
+        model = random_model(config)
+        out = model(ids[:, :-1])
+        language_loss(out.logits, ids[:, 1:]).backward()
+        found.append((out.logits.detach(), {name: p.grad for name, p in model.named_parameters()}))
+    (fast, fast_gradients), (plain, gradients) = found
+    assert not torch.equal(fast, plain), "the kernels were not used"
+    torch.testing.assert_close(fast, plain, atol=1e-5, rtol=0)
+    for name, gradient in gradients.items():
+        assert float((gradient - fast_gradients[name]).norm()) <= 1e-4 * float(gradient.norm()), name
+
+
+@pytest.mark.parametrize("how", [{"MOELAB_KERNELS": "off"}, {"CC": "/no/such/compiler"}, {"PATH": "/nowhere"}])
+def test_without_a_compiler_the_plain_forms_run(how, tmp_path):
+    code = "from research.model.kernels import native; import torch; print(native.library() is None, native.usable(torch.ones(2)))"
+    environment = {**os.environ, "MOELAB_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1", **how}
+    environment |= {} if "CC" in how else {"CC": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"]
+    assert ("plain PyTorch" in done.stderr) == ("MOELAB_KERNELS" not in how)
+
+
+def test_wider_narrower_and_threaded_work_is_left_to_torch():
+    assert native.usable(torch.ones(2))
+    assert not native.usable(torch.ones(2, dtype=torch.float64))
+    assert not native.usable(torch.ones(2, dtype=torch.bfloat16))
+    assert not native.usable(torch.ones(2, device="meta"))
+    torch.set_num_threads(2)
+    assert not native.usable(torch.ones(2))
