@@ -106,6 +106,7 @@ def describe(
     memory: Annotated[bool, typer.Option("--memory", help="Peak memory of a training step and of decoding, by part")] = False,
     batch_size: Annotated[int | None, typer.Option(min=1, help="With --memory: sequences; by default the file's, or 8")] = None,
     micro_batch_size: Annotated[int | None, typer.Option(min=1, help="With --memory: sequences per pass; by default the file's, or all")] = None,
+    kernels: Annotated[bool, typer.Option(help="With --memory: with the compiled CPU kernels, or in plain PyTorch")] = True,
     measure: Annotated[bool, typer.Option("--measure", help="With --memory: also train for a step on this machine's CPU and count")] = False,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
@@ -134,6 +135,7 @@ def describe(
             micro_batch_size=micro_batch_size,
             sequence_length=sequence_length,
             bits=kv_bits,
+            kernels=kernels,
             measure=measure,
         )
         if as_json:

@@ -10,18 +10,22 @@ from research.errors import ConfigError
 
 
 def memory_report(
-    model: ModelConfig, *, batch_size: int, micro_batch_size: int | None, sequence_length: int, bits: float, measure: bool
+    model: ModelConfig, *, batch_size: int, micro_batch_size: int | None, sequence_length: int, bits: float, kernels: bool, measure: bool
 ) -> dict[str, Any]:
-    """`memory.describe`; with `measure`, beside each peak the one of a real step on this machine (which trains for one step).
+    """`memory.describe`; with `measure`, for the kernels that this machine has, and beside each peak that of a real step here.
 
     UserError for a micro-batch that does not divide the batch.
     """
     if micro_batch_size is not None and batch_size % micro_batch_size:
         raise ConfigError(f"--micro-batch-size = {micro_batch_size}: must divide --batch-size = {batch_size}")
-    found = memory.describe(model, batch_size=batch_size, micro_batch_size=micro_batch_size, sequence_length=sequence_length, bits=bits)
     if measure:
-        from research.training.measured_memory import measured_step_bytes  # noqa: PLC0415  (torch: seconds, and only this needs it)
+        from research.training.measured_memory import kernels_in_use, measured_step_bytes  # noqa: PLC0415  (torch: seconds, and only this needs it)
 
+        kernels = kernels_in_use()
+    found = memory.describe(
+        model, batch_size=batch_size, micro_batch_size=micro_batch_size, sequence_length=sequence_length, bits=bits, kernels=kernels
+    )
+    if measure:
         for choice, step in found["training"].items():
             step["measured_peak"] = measured_step_bytes(
                 model, batch_size, sequence_length, micro_batch_size=micro_batch_size, checkpointed=choice == "blocks"

@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from research.config import ModelConfig, OptimizerConfig
 from research.model.balance import balance_losses
+from research.model.kernels.native import usable
 from research.model.loss import chunked_language_loss
 from research.model.transformer import Transformer
 from research.training.optimizer import build_optimizer
@@ -47,6 +48,11 @@ def measured_step_bytes(
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         _step(model, optimizer, ids, size, checkpointed=checkpointed)
     return before + _peak(profiler)
+
+
+def kernels_in_use() -> bool:
+    """Whether this process trains with the compiled CPU kernels."""
+    return usable(torch.empty(1))
 
 
 def _step(model: Transformer, optimizer: torch.optim.AdamW, ids: torch.Tensor, size: int, *, checkpointed: bool) -> None:
