@@ -112,7 +112,7 @@ def describe(
 ) -> None:
     """Parameters, cache, FLOPs and bytes of a model, in closed form.
 
-    Examples: python -m research describe deepseek-v2 --kv-bits 6 --json;
+    Example: python -m research describe deepseek-v2 --kv-bits 6 --json;
     python -m research describe deepseek-v2-nano --memory --batch-size 8 --sequence-length 256 --measure
     """
     if not math.isfinite(kv_bits):
