@@ -13,10 +13,11 @@ from rich.table import Table
 from research import accounting
 from research.benchmark.cli import benchmark
 from research.config import ModelConfig
-from research.configfile import nearest
+from research.configfile import load_run_config, nearest, read_yaml
 from research.data.cli import app as data_app
 from research.errors import ConfigError, UserError
 from research.evaluation.cli import evaluate
+from research.memory_report import memory_report, memory_table
 from research.presets import PRESETS, preset
 from research.terminal import console
 from research.training.cli import train
@@ -99,17 +100,49 @@ def _short(value: float) -> str:
 
 @app.command()
 def describe(
-    name: Annotated[str, typer.Argument(metavar="PRESET")],
+    name: Annotated[str, typer.Argument(metavar="MODEL", help="A preset's name, or a YAML file with a run configuration")],
     kv_bits: Annotated[float, typer.Option(min=1, max=64, help="Bits per cached element")] = 16,
-    sequence_length: Annotated[int, typer.Option(min=1, help="Positions over which attention is counted, causal")] = 4096,
+    sequence_length: Annotated[int | None, typer.Option(min=1, help="Positions, causal; by default the file's, or 4096")] = None,
+    memory: Annotated[bool, typer.Option("--memory", help="Peak memory of a training step and of decoding, by part")] = False,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="With --memory: sequences; by default the file's, or 8")] = None,
+    micro_batch_size: Annotated[int | None, typer.Option(min=1, help="With --memory: sequences per pass; by default the file's, or all")] = None,
+    kernels: Annotated[bool, typer.Option(help="With --memory: with the compiled CPU kernels, or in plain PyTorch")] = True,
+    measure: Annotated[bool, typer.Option("--measure", help="With --memory: also train for a step on this machine's CPU and count")] = False,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
-    """Parameters, cache, FLOPs and bytes of a model, in closed form.  Example: python -m research describe deepseek-v2 --kv-bits 6 --json"""
-    if name not in PRESETS:
-        raise ConfigError(f"PRESET = {name!r}: no such preset{nearest(name, PRESETS)}")
+    """Parameters, cache, FLOPs and bytes of a model, in closed form.
+
+    Example: python -m research describe deepseek-v2 --kv-bits 6 --json;
+    python -m research describe deepseek-v2-nano --memory --batch-size 8 --sequence-length 256 --measure
+    """
     if not math.isfinite(kv_bits):
         raise ConfigError(f"--kv-bits = {kv_bits}: expected a number of bits from 1 to 64")
-    model = preset(name)
+    if Path(name).suffix in (".yaml", ".yml"):
+        run = load_run_config(read_yaml(name), name)
+        model, training = run.model, run.training
+        sequence_length = sequence_length or run.data.sequence_length
+        if batch_size is None:
+            batch_size, micro_batch_size = training.batch_size, micro_batch_size or training.micro_batch_size
+    elif name in PRESETS:
+        model = preset(name)
+    else:
+        raise ConfigError(f"MODEL = {name!r}: no such preset{nearest(name, PRESETS)}")
+    sequence_length = sequence_length or 4096
+    if memory:
+        found = memory_report(
+            model,
+            batch_size=batch_size or 8,
+            micro_batch_size=micro_batch_size,
+            sequence_length=sequence_length,
+            bits=kv_bits,
+            kernels=kernels,
+            measure=measure,
+        )
+        if as_json:
+            print(json.dumps({"model": name, **found}, indent=1))
+        else:
+            console().print(memory_table(name, found))
+        return
     values: dict[str, float] = {
         "total_parameters": accounting.total_parameters(model),
         "activated_parameters": accounting.activated_parameters(model),

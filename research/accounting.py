@@ -26,7 +26,8 @@ def attention_parameters(attention: AttentionConfig, hidden_size: int) -> int:
     return query + latent + a.kv_lora_rank * heads * (a.qk_nope_head_dim + a.v_head_dim) + out
 
 
-def _ffn_parameters(model: ModelConfig, layer: int, *, activated: bool) -> int:
+def ffn_parameters(model: ModelConfig, layer: int, *, activated: bool = False) -> int:
+    """Parameters of the FFN of a layer, without its norm: all, or those that one token passes through."""
     d = model.hidden_size
     if model.moe is None or not model.is_moe_layer(layer):
         return (3 if model.gated_ffn else 2) * d * model.intermediate_size
@@ -39,7 +40,7 @@ def _ffn_parameters(model: ModelConfig, layer: int, *, activated: bool) -> int:
 def _parameters(model: ModelConfig, *, activated: bool) -> int:
     d = model.hidden_size
     per_layer = attention_parameters(model.attention, d) + 2 * d
-    layers = sum(per_layer + _ffn_parameters(model, i, activated=activated) for i in range(model.num_hidden_layers))
+    layers = sum(per_layer + ffn_parameters(model, i, activated=activated) for i in range(model.num_hidden_layers))
     embedding = model.vocab_size * d
     head = 0 if model.tie_word_embeddings and not activated else embedding
     return layers + d + head + (0 if activated else embedding)
@@ -95,22 +96,3 @@ def train_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
 def weights_bytes(model: ModelConfig, bits: float = 16) -> float:
     """Bytes of all weights at `bits` per parameter."""
     return total_parameters(model) * bits / 8
-
-
-def training_memory_bytes(model: ModelConfig, batch_size: int, sequence_length: int) -> int:
-    """Rough peak of a float32 training step: weights, gradients, two moments, and the activations kept for backward.
-
-    Activations are counted per token and layer: the inputs of every product, the attention's queries,
-    keys, values and output, the experts' hidden activations, and the logits with their gradient.
-    """
-    a, d = model.attention, model.hidden_size
-    attention = 4 * d + a.num_attention_heads * (2 * a.qk_head_dim + 3 * a.v_head_dim) + 2 * (a.kv_lora_rank + a.qk_rope_head_dim)
-    ffn = 0
-    for layer in range(model.num_hidden_layers):
-        if model.moe is not None and model.is_moe_layer(layer):
-            used = model.moe.num_experts_per_tok + model.moe.n_shared_experts
-            ffn += used * (4 * model.moe.moe_intermediate_size + 2 * d) + 3 * model.moe.n_routed_experts
-        else:
-            ffn += 4 * model.intermediate_size
-    per_token = model.num_hidden_layers * attention + ffn + 3 * model.vocab_size
-    return 16 * total_parameters(model) + 4 * per_token * batch_size * sequence_length

@@ -333,6 +333,8 @@ class TrainingConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the products in training.  `bfloat16` is autocast: weights, optimizer state, gate, softmax and norms stay float32.
     `auto` is bfloat16 on a GPU and float32 on a CPU."""
+    activation_checkpointing: Literal["none", "blocks"] = "none"
+    """`blocks`: each block keeps its input alone and is computed again for the backward pass: a third more time, much less memory."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     record_every: int = 10
     """Steps between records of the losses and the routing."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from research import accounting
 from research.config import Domain, RunConfig
+from research.memory import training_memory
 from sweeps import schema
 from sweeps.space import cells
 from sweeps.study import Study, label
@@ -59,7 +60,12 @@ def _row(study: Study, config: RunConfig, variant: str, rate: float) -> dict[str
         "kv_cache_bytes_per_token": accounting.kv_cache_bytes_per_token(config.model),
         "train_tokens": config.training.train_tokens,
         "train_flops": flops,
-        "memory_bytes": accounting.training_memory_bytes(config.model, size, config.data.sequence_length),
+        "memory_bytes": training_memory(
+            config.model,
+            size * config.data.sequence_length,
+            micro_batches=config.training.batch_size // size,
+            checkpointed=config.training.activation_checkpointing == "blocks",
+        ).peak,
         "seconds": flops * (1 + _validation_share(config)) / rate + START_SECONDS,
     }
 
@@ -96,7 +102,8 @@ def _measured(config: RunConfig) -> float:
     """FLOP/s of forward and backward passes of the real model on one thread; the first, which warms up, is not counted."""
     import torch  # noqa: PLC0415  (seconds, and only this estimate needs it)
 
-    from research.model.transformer import Transformer, language_loss  # noqa: PLC0415
+    from research.model.loss import chunked_language_loss  # noqa: PLC0415
+    from research.model.transformer import Transformer  # noqa: PLC0415
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -108,7 +115,7 @@ def _measured(config: RunConfig) -> float:
         for step in range(PROBE_STEPS + 1):
             if step == 1:
                 began = time.perf_counter()
-            language_loss(model(ids[:, :-1]).logits, ids[:, 1:]).backward()
+            chunked_language_loss(model.hidden(ids[:, :-1])[0], model.lm_head.weight, ids[:, 1:]).backward()
         seconds = (time.perf_counter() - began) / PROBE_STEPS
     finally:
         torch.set_num_threads(threads)

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from research.config import ModelConfig, OptimizerConfig
 from research.model.balance import balance_losses
-from research.model.transformer import Transformer, language_loss
+from research.model.loss import chunked_language_loss
+from research.model.transformer import Transformer
 from research.training.optimizer import build_optimizer
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-4)
@@ -48,10 +49,10 @@ class Trainer:
         spared = torch.zeros(ids.shape[0], dtype=torch.bool, device=place)
         chance = torch.Generator(place).manual_seed(0)
         with torch.autocast(place.type, dtype=torch.bfloat16, enabled=place.type == "cuda"):
-            out = model(ids[:, :-1], protected_B=spared, chance=chance)
-        loss = language_loss(out.logits, ids[:, 1:])
+            hidden, routings = model.hidden(ids[:, :-1], protected_B=spared, chance=chance)
+            loss = chunked_language_loss(hidden, model.lm_head.weight, ids[:, 1:])
         if moe is not None:
-            for routing in out.routings.values():
+            for routing in routings.values():
                 loss = loss + balance_losses(routing, moe, ids.shape[0]).weighted(moe.balance)
         return loss
 

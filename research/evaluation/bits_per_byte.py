@@ -7,8 +7,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from research.config import DataConfig
 from research.data.batches import heldout_batches
@@ -16,6 +14,7 @@ from research.data.packing import documents
 from research.data.prepare import PreparedData
 from research.evaluation.intervals import percentile_interval, resampled_sums
 from research.model.cache import Cache
+from research.model.loss import token_nats
 from research.model.transformer import Transformer
 from research.training import records
 
@@ -59,15 +58,11 @@ def evaluate_domains(model: Transformer, data: PreparedData, config: DataConfig,
             ids = torch.from_numpy(np.ascontiguousarray(window)).to(weight.device)
             given = ids[:, :-1]
             cache = None if bits is None else Cache.allocate(model.config, *given.shape, dtype=weight.dtype, device=weight.device, bits=bits)
-            lengths.append(_nats(model(given, cache, documents=documents(data, config, given)).logits, ids[:, 1:]).cpu().numpy() / math.log(2))
+            hidden, _ = model.hidden(given, cache, documents=documents(data, config, given))
+            lengths.append(token_nats(hidden, weight, ids[:, 1:]).double().cpu().numpy() / math.log(2))
             targets.append(window[:, 1:])
         scores[domain] = _score(np.concatenate(lengths), token_bytes[np.concatenate(targets)])
     return scores
-
-
-def _nats(logits: Tensor, targets: Tensor) -> Tensor:
-    """float64 (B, T): code length of each target under logits (B, T, vocabulary)."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape).double()
 
 
 def _score(bits: np.ndarray, sizes: np.ndarray) -> DomainScore:

@@ -9,6 +9,9 @@ from torch.nn.utils.rnn import pad_sequence
 from research.model.cache import Cache
 from research.model.transformer import Transformer
 
+PREFILL = 512
+"""Positions of a prompt that pass the model at a time."""
+
 
 @torch.no_grad()
 def generate(
@@ -40,10 +43,27 @@ def generate(
     last = (lengths - 1).to(weight.device)
     new: Tensor | None = lengths
     for _ in range(new_tokens):
-        logits = model(ids, cache, new_B=new).logits[..., :vocabulary]
-        chosen = _choose(logits[torch.arange(len(prompts), device=last.device), last], temperature, top_p, generators)
+        logits = model.lm_head(_last_hidden(model, ids, cache, new, last))[..., :vocabulary]
+        chosen = _choose(logits, temperature, top_p, generators)
         yield chosen
         ids, last, new = chosen[:, None], torch.zeros_like(last), None
+
+
+def _last_hidden(model: Transformer, ids: Tensor, cache: Cache, new: Tensor | None, last: Tensor) -> Tensor:
+    """(B, D) behind the token `last` (B,) of each row of ids (B, T), of which the first `new` (B,; None: all) are real.
+
+    A long prompt is taken PREFILL positions at a time: what is held beside the cache does not grow with it, and only one position meets the head.
+    """
+    rows, found = torch.arange(len(ids), device=ids.device), None
+    for start in range(0, ids.shape[1], PREFILL):
+        piece = ids[:, start : start + PREFILL]
+        real = None if new is None else (new - start).clamp(0, piece.shape[1])
+        hidden, _ = model.hidden(piece, cache, new_B=real)
+        behind = hidden[rows, (last - start).clamp(0, piece.shape[1] - 1)]
+        here = (last >= start)[:, None]
+        found = behind if found is None else torch.where(here, behind, found)
+    assert found is not None
+    return found
 
 
 def _choose(logits: Tensor, temperature: float, top_p: float, generators: list[torch.Generator]) -> Tensor:

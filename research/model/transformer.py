@@ -5,6 +5,7 @@
 * the routing of every layer is returned, never left on a module.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from research.model.attention import GroupedAttention, MultiHeadLatentAttention,
 from research.model.cache import Cache, LayerCache, Place
 from research.model.layers import FeedForward, RMSNorm, at_least_float32, rotary_table
 from research.model.moe import MoE
+from research.model.recomputation import recomputed
 from research.model.router import Routing
 
 
@@ -87,12 +89,30 @@ class Transformer(nn.Module):
         new_B: Tensor | None = None,
         documents: Tensor | None = None,
     ) -> Output:
-        """With a cache, `ids` are the positions after those that each sequence has there, of which the first `new_B`
+        """The head of `hidden`, whose arguments these are; for a loss, `loss.chunked_language_loss` of `hidden` needs no logits."""
+        hidden, routings = self.hidden(ids, cache, protected_B, chance, new_B, documents)
+        return Output(self.lm_head(hidden), routings)
+
+    def hidden(
+        self,
+        ids: Tensor,
+        cache: Cache | None = None,
+        protected_B: Tensor | None = None,
+        chance: torch.Generator | None = None,
+        new_B: Tensor | None = None,
+        documents: Tensor | None = None,
+        *,
+        checkpointed: bool = False,
+    ) -> tuple[Tensor, dict[int, Routing]]:
+        """What the head is applied to, (B, T, D), and the routings by layer index.
+
+        With a cache, `ids` are the positions after those that each sequence has there, of which the first `new_B`
         (int64, B; None: all) are real and the rest padding, whose logits and routing mean nothing.  Such batches of
         unequal lengths are for evaluation: padding would take its share of a device's budget.
 
         `protected_B` (bool, B) turns token dropping on and marks the sequences spared by it, `chance` is what second
-        experts are drawn with (both for training); None drops nothing.  ValueError for more positions than the
+        experts are drawn with (both for training); None drops nothing.  `checkpointed` (without a cache): of each block only
+        the input is kept, and its activations are computed again for the backward pass.  ValueError for more positions than the
         cache has.
 
         `documents` (int, B x T, never decreasing; None: one document) are document indices: a position sees those of its own document
@@ -109,12 +129,13 @@ class Transformer(nn.Module):
         x = self.embed_tokens(ids)
         routings: dict[int, Routing] = {}
         for index, block in enumerate(self.layers):
-            x, routing = block(x, ids, table, cache.layers[index] if cache is not None else None, place, protected_B, chance, first)
+            run = partial(recomputed, partial(block, first=first)) if checkpointed and cache is None else partial(block, first=first)
+            x, routing = run(x, ids, table, cache.layers[index] if cache is not None else None, place, protected_B, chance=chance)
             if routing is not None:
                 routings[index] = routing
         if cache is not None:
             cache.advance(ids.shape[1], new_B)
-        return Output(self.lm_head(self.norm(x)), routings)
+        return self.norm(x), routings
 
     def initialise(self, seed: int) -> "Transformer":
         """All matrices from N(0, initializer_range), gains at 1 (V2 section 3.1.2); the same on every device."""
@@ -129,5 +150,8 @@ class Transformer(nn.Module):
 
 
 def language_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats per token of logits (B, T, vocabulary) for targets (B, T), in float32 at least."""
+    """Mean cross-entropy in nats per token of logits (B, T, vocabulary) for targets (B, T), in float32 at least.
+
+    The slow twin of `loss.chunked_language_loss`, which needs no logits.
+    """
     return F.cross_entropy(at_least_float32(logits.flatten(0, 1)), targets.flatten())

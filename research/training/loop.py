@@ -23,8 +23,9 @@ from research.errors import ConfigError
 from research.evaluation.bits_per_byte import evaluate_domains, score_metrics
 from research.evaluation.ngram import reference_bits_per_byte
 from research.model.balance import BalanceLosses, balance_losses
+from research.model.loss import chunked_language_loss
 from research.model.router import Routing
-from research.model.transformer import Transformer, language_loss
+from research.model.transformer import Transformer
 from research.routing_trace import RoutingTrace
 from research.training import checkpoint, records
 from research.training.checkpoint import Resumed
@@ -155,9 +156,15 @@ def _optimizer_step(
     optimizer.zero_grad(set_to_none=True)
     for rows, spared in zip(ids.split(size), protected.split(size), strict=True):
         with torch.autocast(place.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
-            out = model(rows[:, :-1], protected_B=spared, chance=chance, documents=documents(data, config.data, rows[:, :-1]))
-        language = language_loss(out.logits, rows[:, 1:])
-        balance = _balance(out.routings, config, rows.shape[0])
+            hidden, routings = model.hidden(
+                rows[:, :-1],
+                protected_B=spared,
+                chance=chance,
+                documents=documents(data, config.data, rows[:, :-1]),
+                checkpointed=training.activation_checkpointing == "blocks",
+            )
+            language = chunked_language_loss(hidden, model.lm_head.weight, rows[:, 1:])
+        balance = _balance(routings, config, rows.shape[0])
         loss = language
         if moe is not None:
             for losses in balance.values():
@@ -165,8 +172,8 @@ def _optimizer_step(
         (loss * (size / batch_size)).backward()
         statistics = {}
         if routing and moe is not None and balance:
-            statistics = routing_metrics(out.routings, balance, moe)
-            loads = add_loads(loads, expert_loads(out.routings))
+            statistics = routing_metrics(routings, balance, moe)
+            loads = add_loads(loads, expert_loads(routings))
         parts.append({records.LOSS: float(language.detach()), **statistics})
     found = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
     # The norm comes first and the clipping after the check: clipping by a norm that is not finite spoils every layer's gradient.
