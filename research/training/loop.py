@@ -79,7 +79,7 @@ def train(
     state: State = "finished"
     reason = None
     meter = Meter(at.seconds, config.schedule.tokens(at.step))
-    for step, ids in Prefetcher(_make_batch(data, config), range(at.step + 1, config.steps + 1), place):
+    for step, ids in Prefetcher(_make_batch(data, config, place), range(at.step + 1, config.steps + 1), place):
         rate = set_learning_rate(optimizer, config, step)
         last = step == config.steps
         validated = last or step % training.validate_every == 0
@@ -127,8 +127,12 @@ def train(
     )
 
 
-def _make_batch(data: PreparedData, config: RunConfig) -> Callable[[int], np.ndarray]:
-    return lambda step: batch(data, config.data, seed=config.seed, step=step, batch_size=config.schedule.batch_size(step))
+def _make_batch(data: PreparedData, config: RunConfig, place: torch.device) -> Callable[[int], np.ndarray]:
+    def make(step: int) -> np.ndarray:
+        with naming_out_of_memory(place, f"in step {step}"):
+            return batch(data, config.data, seed=config.seed, step=step, batch_size=config.schedule.batch_size(step))
+
+    return make
 
 
 def closed_forms(config: RunConfig) -> dict[str, float]:
