@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from research.config import AttentionConfig, ModelConfig
 from research.model.cache import LayerCache, Place
 from research.model.kernels import functions, native
-from research.model.layers import RMSNorm, at_least_float32, rotate
+from research.model.layers import Linear, RMSNorm, at_least_float32, rotate
 
 
 def softmax_scale(config: AttentionConfig) -> float:
@@ -90,15 +90,15 @@ class MultiHeadLatentAttention(nn.Module):
         self.config: AttentionConfig = a
         heads = a.num_attention_heads
         if a.q_lora_rank is None:
-            self.q_proj = nn.Linear(d, heads * a.qk_head_dim, bias=False)
+            self.q_proj = Linear(d, heads * a.qk_head_dim)
         else:
-            self.q_a_proj = nn.Linear(d, a.q_lora_rank, bias=False)
+            self.q_a_proj = Linear(d, a.q_lora_rank)
             self.q_a_layernorm = RMSNorm(a.q_lora_rank)
-            self.q_b_proj = nn.Linear(a.q_lora_rank, heads * a.qk_head_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(d, a.kv_lora_rank + a.qk_rope_head_dim, bias=False)
+            self.q_b_proj = Linear(a.q_lora_rank, heads * a.qk_head_dim)
+        self.kv_a_proj_with_mqa = Linear(d, a.kv_lora_rank + a.qk_rope_head_dim)
         self.kv_a_layernorm = RMSNorm(a.kv_lora_rank)
-        self.kv_b_proj = nn.Linear(a.kv_lora_rank, heads * (a.qk_nope_head_dim + a.v_head_dim), bias=False)
-        self.o_proj = nn.Linear(heads * a.v_head_dim, d, bias=False)
+        self.kv_b_proj = Linear(a.kv_lora_rank, heads * (a.qk_nope_head_dim + a.v_head_dim))
+        self.o_proj = Linear(heads * a.v_head_dim, d)
         self.scale = softmax_scale(a)
 
     def forward(self, x: Tensor, table: Tensor, cache: LayerCache | None = None, place: Place | None = None, first: Tensor | None = None) -> Tensor:
@@ -182,10 +182,10 @@ class GroupedAttention(nn.Module):
         a, d = config.attention, config.hidden_size
         self.config: AttentionConfig = a
         groups = a.key_value_heads
-        self.q_proj = nn.Linear(d, a.num_attention_heads * a.qk_head_dim, bias=False)
-        self.k_proj = nn.Linear(d, groups * a.qk_head_dim, bias=False)
-        self.v_proj = nn.Linear(d, groups * a.v_head_dim, bias=False)
-        self.o_proj = nn.Linear(a.num_attention_heads * a.v_head_dim, d, bias=False)
+        self.q_proj = Linear(d, a.num_attention_heads * a.qk_head_dim)
+        self.k_proj = Linear(d, groups * a.qk_head_dim)
+        self.v_proj = Linear(d, groups * a.v_head_dim)
+        self.o_proj = Linear(a.num_attention_heads * a.v_head_dim, d)
         self.scale = softmax_scale(a)
 
     def forward(self, x: Tensor, table: Tensor, cache: LayerCache | None = None, place: Place | None = None, first: Tensor | None = None) -> Tensor:

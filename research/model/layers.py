@@ -17,6 +17,19 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+class Linear(nn.Linear):
+    """x W^T, without a bias; one token at a time on a CPU, as in decoding, by a kernel that reads W as fast as memory gives it."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        few = x.numel() <= functions.FEW_ROWS * self.in_features
+        if few and not torch.is_grad_enabled() and native.usable(x, self.weight):
+            return functions.few_rows_product(x, self.weight)
+        return F.linear(x, self.weight)
+
+
 class _Normalise(torch.autograd.Function):
     """x / rms(x) * weight with its gradient by hand: half the time of the composed form on a CPU, where no fused kernel exists."""
 
@@ -67,9 +80,9 @@ class FeedForward(nn.Module):
     def __init__(self, hidden_size: int, intermediate_size: int, activation: Activation = "silu", *, gated: bool = True) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[activation]
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False) if gated else None
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, intermediate_size) if gated else None
+        self.up_proj = Linear(hidden_size, intermediate_size)
+        self.down_proj = Linear(intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from research.config import MoEConfig
+from research.model.kernels import functions, native
 from research.model.layers import at_least_float32
 
 
@@ -33,6 +34,8 @@ def choose(scores_ME: Tensor, config: MoEConfig) -> Tensor:
     The device_limit devices with the highest single affinity are kept, then the top K inside them.
     """
     devices, limit = config.expert_devices, config.device_limit
+    if native.usable(scores_ME):
+        return functions.choose_experts(scores_ME, devices, min(limit or devices, devices), config.num_experts_per_tok)
     if limit is not None and limit < devices:
         grouped = scores_ME.unflatten(-1, (devices, -1))
         reachable = grouped.amax(-1).topk(limit, -1).indices

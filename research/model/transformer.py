@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from research.config import ModelConfig
 from research.model.attention import GroupedAttention, MultiHeadLatentAttention, first_of_document
 from research.model.cache import Cache, LayerCache, Place
-from research.model.layers import FeedForward, RMSNorm, at_least_float32, rotary_table
+from research.model.layers import FeedForward, Linear, RMSNorm, at_least_float32, rotary_table
 from research.model.moe import MoE
 from research.model.recomputation import recomputed
 from research.model.router import Routing
@@ -76,7 +76,7 @@ class Transformer(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 

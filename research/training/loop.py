@@ -28,6 +28,7 @@ from research.model.router import Routing
 from research.model.transformer import Transformer
 from research.routing_trace import RoutingTrace
 from research.training import checkpoint, records
+from research.training.allocator import keep_freed_memory
 from research.training.checkpoint import Resumed
 from research.training.health import Diverged, Health, add_loads, expert_loads, naming_out_of_memory
 from research.training.optimizer import build_optimizer, set_learning_rate
@@ -67,6 +68,7 @@ def train(
     Raises CheckpointError if that is of another configuration, DataError if the corpus cannot be had, OutOfMemory and
     DiskFull with what is missing; the checkpoint before stands in each case, and when the run diverges.
     """
+    keep_freed_memory()
     torch.set_flush_denormal(True)  # peaked attention makes denormals, which are several times slower on a CPU
     place, training, folder = _device(device), config.training, directory / "checkpoint"
     data = prepare(config.data, announce)

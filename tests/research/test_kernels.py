@@ -244,6 +244,31 @@ def test_scores_of_any_size_give_probabilities(scale):
     torch.testing.assert_close(out, torch.ones(1, 90, 3), atol=1e-5, rtol=0)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    devices=st.integers(1, 6),
+    per_device=st.integers(1, 6),
+    tokens=st.integers(1, 20),
+    levels=st.sampled_from([2, 5, 10**6]),
+    data=st.data(),
+)
+def test_the_chosen_experts_are_those_of_the_rule_ties_and_all(devices, per_device, tokens, levels, data):
+    limit = data.draw(st.integers(1, devices))
+    chosen = data.draw(st.integers(1, limit * per_device))
+    scores = torch.randint(-levels, levels, (tokens, devices * per_device), generator=torch.Generator().manual_seed(levels + tokens)).float()
+    wanted = []
+    for row in scores.tolist():
+        # sorted() keeps the order of equals: the lower device, the lower expert.
+        reach = sorted(range(devices), key=lambda d: -max(row[d * per_device : (d + 1) * per_device]))[:limit]
+        wanted.append(sorted((e for e in range(len(row)) if e // per_device in reach), key=lambda e: -row[e])[:chosen])
+    assert functions.choose_experts(scores, devices, limit, chosen).tolist() == wanted
+
+
+def test_experts_are_chosen_even_where_scores_are_no_numbers():
+    ids = functions.choose_experts(torch.full((3, 12), math.nan), 4, 2, 5)
+    assert all(len(set(row)) == 5 and min(row) >= 0 and max(row) < 12 and len({e // 3 for e in row}) <= 2 for row in ids.tolist())
+
+
 def test_what_is_not_a_number_comes_through():
     bad = normal(1, 70, 6)
     bad[0, 33, 1] = math.nan

@@ -26,14 +26,32 @@ def _rows(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
+FEW_ROWS = 2
+"""Rows up to which a product is a matter of reading the weight."""
+
+
+def few_rows_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., k) of FEW_ROWS rows at most and weight (n, k) -> (..., n); no gradients."""
+    x, (outputs, inputs) = x.contiguous(), weight.shape
+    out = x.new_empty(*x.shape[:-1], outputs)
+    _c().few_rows_product(_pointer(x), _pointer(weight), _pointer(out), _i(x.numel() // inputs), _i(outputs), _i(inputs))
+    return out
+
+
+def _normalised(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """y and 1 / rms(x) of each row; x with equidistant rows."""
+    size = x.shape[-1]
+    y, inverse = x.new_empty(x.shape), x.new_empty(x.numel() // size)
+    stride = x.stride(-2) if x.ndim > 1 else size
+    _c().rms_norm(_pointer(x), _i(stride), _pointer(weight), ctypes.c_float(eps), _pointer(y), _pointer(inverse), _i(len(inverse)), _i(size))
+    return y, inverse
+
+
 class _Normalise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x = _rows(x)
-        size, rows = x.shape[-1], x.numel() // x.shape[-1]
-        y, inverse = x.new_empty(x.shape), x.new_empty(rows)
-        stride = x.stride(-2) if x.ndim > 1 else size
-        _c().rms_norm(_pointer(x), _i(stride), _pointer(weight), ctypes.c_float(eps), _pointer(y), _pointer(inverse), _i(rows), _i(size))
+        y, inverse = _normalised(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
         return y
 
@@ -52,17 +70,22 @@ class _Normalise(torch.autograd.Function):
 
 def normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (`layers.RMSNorm`)."""
-    return _Normalise.apply(x, weight, eps)
+    # An autograd function costs 10 us where it has nothing to do, several times what a token's norm takes.
+    return _Normalise.apply(x, weight, eps) if torch.is_grad_enabled() else _normalised(_rows(x), weight, eps)[0]
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    out = torch.empty_like(gate)
+    _c().swiglu(_pointer(gate), _pointer(up), _pointer(out), _i(gate.numel()))
+    return out
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
-        out = torch.empty_like(gate)
-        _c().swiglu(_pointer(gate), _pointer(up), _pointer(out), _i(gate.numel()))
         ctx.save_for_backward(gate, up)
-        return out
+        return _gated(gate, up)
 
     @staticmethod
     @once_differentiable
@@ -75,7 +98,17 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, element by element."""
-    return _SwiGLU.apply(gate, up)
+    return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else _gated(gate.contiguous(), up.contiguous())
+
+
+def choose_experts(scores: Tensor, devices: int, limit: int, chosen: int) -> Tensor:
+    """int64 (M, K) of scores (M, E), as `router.choose`; the lower expert first among equals."""
+    scores = scores.contiguous()
+    tokens, experts = scores.shape
+    ids = torch.empty(tokens, chosen, dtype=torch.int64)
+    best, reachable = scores.new_empty(max(chosen, devices)), ids.new_empty(devices)
+    _c().choose_experts(*map(_pointer, (scores, ids)), *map(_i, (tokens, experts, devices, limit, chosen)), _pointer(best), _pointer(reachable))
+    return ids
 
 
 class _RoutedExperts(torch.autograd.Function):
@@ -267,8 +300,8 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor, table: Tensor, 
     return _CausalAttention.apply(query, key, None, value, table, first, None, sizes, scale)
 
 
-CHUNK_BYTES = 2**18
-"""Of cached rows that decoding looks at at a time: they stay in the second-level cache between the two products."""
+CHUNK_BYTES = 2**17
+"""Of cached rows that decoding looks at at a time: they stay in the second-level cache, and so do the next ones, between the two products."""
 
 
 def latent_decode(

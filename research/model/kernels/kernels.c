@@ -22,6 +22,12 @@ static void gemm(char ta, char tb, int m, int n, int k, float alpha, const float
         sgemm(&tb, &ta, &n, &m, &k, &alpha, b, &ldb, a, &lda, &beta, c, &ldc);
 }
 
+/* The same product `times` over, for benchmarks: what the core can do at this shape without a caller's overhead. */
+void repeat_product(char ta, char tb, i64 m, i64 n, i64 k, const float *a, i64 lda, const float *b, i64 ldb, float *c, i64 ldc, i64 times)
+{
+    for (i64 i = 0; i < times; i++) gemm(ta, tb, m, n, k, 1.0f, a, lda, b, ldb, 0.0f, c, ldc);
+}
+
 /* e^x to 1 ulp or so, in a form that vectorises: e^x = 2^n e^r with |r| <= ln(2) / 2. */
 static inline float exponential(float x)
 {
@@ -51,6 +57,26 @@ static float largest(const float *x, i64 n)
     float most = -INFINITY;
     for (i64 j = 0; j < n; j++) most = x[j] > most ? x[j] : most;
     return most;
+}
+
+/* out (m, n) = x (m, k) w^T of few rows: the weight (n, k) streams through once, which is all the time there is. */
+void few_rows_product(const float *x, const float *w, float *out, i64 m, i64 n, i64 k)
+{
+    for (i64 j = 0; j < n; j += 4) {
+        const float *restrict a = w + j * k, *restrict b = j + 1 < n ? a + k : a, *restrict c = j + 2 < n ? a + 2 * k : a, *restrict d = j + 3 < n ? a + 3 * k : a;
+        for (i64 i = 0; i < m; i++) {
+            const float *restrict row = x + i * k;
+            float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f}, s0 = 0.0f, s1 = 0.0f, s2 = 0.0f, s3 = 0.0f;
+            for (i64 q = 0; q < k; q++) {
+                s0 += row[q] * a[q];
+                s1 += row[q] * b[q];
+                s2 += row[q] * c[q];
+                s3 += row[q] * d[q];
+            }
+            sums[0] = s0, sums[1] = s1, sums[2] = s2, sums[3] = s3;
+            memcpy(out + i * n + j, sums, (n - j < 4 ? n - j : 4) * sizeof(float));
+        }
+    }
 }
 
 /* ---- RMSNorm ---- */
@@ -97,6 +123,55 @@ void swiglu_backward(const float *restrict g, const float *restrict gate, const 
         float s = sigmoid(gate[j]), silu = gate[j] * s;
         dup[j] = g[j] * silu;
         dgate[j] = g[j] * up[j] * (s + silu * (1.0f - s));
+    }
+}
+
+/* ---- Choosing experts ---- */
+
+/* ids (M, K): of scores (M, E) the best K of those on the `limit` of `devices` devices with the highest single score (all devices:
+   limit = devices), best first, the lower expert first among equals.  A score that is no number is never above another one. */
+static void insert(float value, i64 id, float *best, i64 *ids, i64 filled)
+{
+    i64 at = filled;
+    for (; at > 0 && value > best[at - 1]; at--) {
+        best[at] = best[at - 1];
+        ids[at] = ids[at - 1];
+    }
+    best[at] = value;
+    ids[at] = id;
+}
+
+void choose_experts(const float *scores, i64 *ids, i64 tokens, i64 experts, i64 devices, i64 limit, i64 chosen, float *best, i64 *reachable)
+{
+    i64 per_device = experts / devices;
+    for (i64 m = 0; m < tokens; m++) {
+        const float *row = scores + m * experts;
+        i64 *to = ids + m * chosen, filled = 0;
+        for (i64 d = 0; d < devices; d++) reachable[d] = d;
+        if (limit < devices) {
+            for (i64 d = 0; d < devices; d++) {
+                float most = largest(row + d * per_device, per_device);
+                if (filled < limit)
+                    insert(most, d, best, reachable, filled++);
+                else if (most > best[limit - 1])
+                    insert(most, d, best, reachable, limit - 1);
+            }
+        }
+        /* Devices in their order, so that equal scores fall to the lower expert. */
+        for (i64 i = 1; i < limit; i++)
+            for (i64 j = i; j > 0 && reachable[j] < reachable[j - 1]; j--) {
+                i64 swap = reachable[j];
+                reachable[j] = reachable[j - 1];
+                reachable[j - 1] = swap;
+            }
+        filled = 0;
+        for (i64 i = 0; i < limit; i++)
+            for (i64 e = reachable[i] * per_device; e < (reachable[i] + 1) * per_device; e++) {
+                if (filled < chosen)
+                    insert(row[e], e, best, to, filled++);
+                else if (row[e] > best[chosen - 1])
+                    insert(row[e], e, best, to, chosen - 1);
+            }
     }
 }
 
@@ -376,8 +451,19 @@ void latent_decode(const float *query, const float *table, i64 table_batch, cons
     float *qc = scratch, *qr = qc + rows * C, *sum = qr + rows * R, *fresh = sum + rows * C, *most = fresh + rows * C, *total = most + rows, *p = total + rows;
     for (i64 b = 0; b < B; b++) {
         const float *q = query + b * T * H * (N + R), *c = latent + b * latent_batch, *kr = rope + b * rope_batch;
-        for (i64 h = 0; h < H; h++)
-            gemm('N', 'N', T, C, N, scale, q + h * (N + R), H * (N + R), weight + h * (N + V) * C, C, 0.0f, qc + h * C, H * C);
+        for (i64 h = 0; h < H; h++) {
+            if (T > 1) {
+                gemm('N', 'N', T, C, N, scale, q + h * (N + R), H * (N + R), weight + h * (N + V) * C, C, 0.0f, qc + h * C, H * C);
+                continue;
+            }
+            float *restrict to = qc + h * C;
+            memset(to, 0, C * sizeof(float));
+            for (i64 n = 0; n < N; n++) {
+                const float *restrict row = weight + (h * (N + V) + n) * C;
+                float by = q[h * (N + R) + n] * scale;
+                for (i64 j = 0; j < C; j++) to[j] += by * row[j];
+            }
+        }
         for (i64 t = 0; t < T; t++)
             for (i64 h = 0; h < H; h++)
                 pack(q, 0, q + (t * H + h) * (N + R) + N, 0, table + b * table_batch + t * R, scale, qr + (t * H + h) * R, 1, 0, R);
@@ -392,7 +478,13 @@ void latent_decode(const float *query, const float *table, i64 table_batch, cons
             i64 w = end - lo < chunk ? end - lo : chunk;
             gemm('N', 'T', rows, w, C, 1.0f, qc, C, c + lo * latent_row, latent_row, 0.0f, p, w);
             gemm('N', 'T', rows, w, R, 1.0f, qr, R, kr + lo * rope_row, rope_row, 1.0f, p, w);
+            i64 next = end - lo - w < chunk ? end - lo - w : chunk; /* fetched while this chunk's exponentials are taken */
             for (i64 r = 0; r < rows; r++) {
+                for (i64 j = next * r / rows; j < next * (r + 1) / rows; j++) {
+                    const float *at_c = c + (lo + w + j) * latent_row, *at_r = kr + (lo + w + j) * rope_row;
+                    for (i64 l = 0; l < C; l += 16) __builtin_prefetch(at_c + l, 0, 2);
+                    for (i64 l = 0; l < R; l += 16) __builtin_prefetch(at_r + l, 0, 2);
+                }
                 float *restrict row = p + r * w, add = 0.0f;
                 i64 to = position[b * T + r / H] + 1 - lo;
                 to = to < 0 ? 0 : to > w ? w : to;
@@ -417,7 +509,11 @@ void latent_decode(const float *query, const float *table, i64 table_batch, cons
             float share = 1.0f / total[r];
             for (i64 j = 0; j < C; j++) sum[r * C + j] *= share;
         }
-        for (i64 h = 0; h < H; h++)
-            gemm('N', 'T', T, V, C, 1.0f, sum + h * C, H * C, weight + (h * (N + V) + N) * C, C, 0.0f, out + (b * T * H + h) * V, H * V);
+        for (i64 h = 0; h < H; h++) {
+            if (T > 1)
+                gemm('N', 'T', T, V, C, 1.0f, sum + h * C, H * C, weight + (h * (N + V) + N) * C, C, 0.0f, out + (b * T * H + h) * V, H * V);
+            else
+                few_rows_product(sum + h * C, weight + (h * (N + V) + N) * C, out + (b * H + h) * V, 1, V, C);
+        }
     }
 }

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,9 +67,13 @@ def _compiled(compiler: str) -> Path:
     return target
 
 
+def blas() -> Any:
+    """torch's own matrix product, column-major as in Fortran.  AttributeError or OSError where there is none."""
+    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).sgemm_
+
+
 def _load(path: Path) -> ctypes.CDLL:
-    blas = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
     kernels = ctypes.CDLL(str(path))
-    kernels.set_sgemm(ctypes.cast(blas.sgemm_, ctypes.c_void_p))
+    kernels.set_sgemm(ctypes.cast(blas(), ctypes.c_void_p))
     kernels.sort_by_expert.restype = ctypes.c_int64
     return kernels

@@ -1,0 +1,119 @@
+"""The page of `make bench`: targets beside what was measured."""
+
+from typing import Any
+
+TRAINING = {"transformers grouped_mm": 1.8, "transformers eager": 4.0}
+DECODING = {(1, 1024): 5, (1, 4096): 20, (1, 16384): 40, (1, 32768): 60, (8, 1024): 15, (8, 4096): 35}
+
+
+def render(found: dict[str, Any]) -> str:
+    """Markdown of what `tests.bench` found; parts that were not measured are not there."""
+    lines = [f"# One CPU core, {found['date']}", "", f"    {found['command']}", ""]
+    lines += [f"* {key.replace('_', ' ')}: {value}" for key, value in found["machine"].items()]
+    lines += [
+        f"* one pinned thread on core {found['core']}: {found['peak_gflops']:.0f} GF/s (a product of 1,024), "
+        f"{found['read_bytes_per_second'] / 1e9:.1f} GB/s read",
+        "",
+        "Both sides in float32 with the same weights, fused AdamW, denormals flushed and the same allocator settings, interleaved in one process;",
+        "medians of wall time. On a shared machine the ratios hold to some per cent, the seconds do not.",
+        "",
+    ]
+    for part, form in (("training", _training), ("moe", _moe), ("decoding", _decoding), ("workers", _workers)):
+        if part in found:
+            lines += form(found)
+    return "\n".join(lines)
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(row) + " |" for row in rows), ""]
+
+
+def _against(value: float, target: float) -> str:
+    return f"{value:.2f} ({'' if value >= target else '**'}target {target:g}{'' if value >= target else '**'})"
+
+
+def _training(found: dict[str, Any]) -> list[str]:
+    lines = [
+        "## A training step",
+        "",
+        "Forward, backward, balance losses (computed, weighted 0), clipping, AdamW. *Ceiling* is the time of the step's own matrix products alone,",
+        "each shape repeated in the cache; *useful* counts the model's published form (keys and values expanded) over the core's peak.",
+        "",
+    ]
+    rows = []
+    for step in found["training"]:
+        shape = f"{step['model'].removeprefix('deepseek-v2-')} {step['batch']} x {step['length']}"
+        times = [_against(step["times"][name], target) for name, target in TRAINING.items()]
+        useful = step["published_gflops"] / step["seconds"]["moelab"] / found["peak_gflops"]
+        rows.append(
+            (shape, f"{step['tokens_per_second']['moelab']:,.0f}", *times, _against(step["share_of_ceiling"], 0.7), f"{useful:.2f}",
+             f"{step['first_losses_apart']:.0e}")
+        )  # fmt: skip
+    lines += _table(
+        ("model", "tokens/s", "times grouped_mm", "times eager", "share of ceiling", "useful share of peak", "first ten losses apart (relative)"),
+        rows,
+    )
+    lines += [
+        "A step that did its products at the core's peak and nothing else would take "
+        + "; ".join(f"{s['products_gflops'] / found['peak_gflops']:.2f} s of {s['seconds']['moelab']:.2f} s" for s in found["training"])
+        + ", in the order of the table.",
+        "",
+        "### Where the time goes",
+        "",
+        "Own time of each operation; the kernels' own contain their products.",
+        "",
+    ]
+    names = list(dict.fromkeys(name for step in found["training"] for name in step["rest"]))[:14]
+    heads = tuple(f"{s['model'].removeprefix('deepseek-v2-')} {s['batch']} x {s['length']}" for s in found["training"])
+    cells = [(name, *(f"{100 * s['rest'][name]:.1f} %" if name in s["rest"] else "" for s in found["training"])) for name in names]
+    return [*lines, *_table(("operation", *heads), cells)]
+
+
+def _moe(found: dict[str, Any]) -> list[str]:
+    rows = []
+    for case in found["moe"]:
+        target = 1.3 if case["busiest_over_average"] > 2 else 1.25
+        bold = "**" if case["times"] > target else ""
+        skew = f"{case['busiest_over_average']:.1f}"
+        rows.append((case["size"], str(case["tokens_per_expert"]), skew, f"{case['times']:.2f} ({bold}target {target:g}{bold})"))
+    head = ("layer", "tokens per expert", "busiest over average", "times the dense FFN")
+    return ["## The whole MoE layer over a dense FFN of the same activated FLOPs", "", "Forward and backward, gate and shared experts included.", "",
+            *_table(head, rows)]  # fmt: skip
+
+
+def _decoding(found: dict[str, Any]) -> list[str]:
+    rows = []
+    for at in found["decoding"]:
+        target = DECODING[(at["batch"], at["context"])]
+        rows.append(
+            (at["model"].removeprefix("deepseek-v2-"), f"{at['batch']}", f"{at['context']:,}", f"{1e3 * at['seconds']['moelab']:.1f}",
+             f"{1e3 * at['seconds']['transformers']:.0f}", _against(at["times"], target), f"{at['over_floor']:.2f}",
+             f"{at['cache_over_closed_form']:.3f}", f"{at['logits_apart']:.0e}")
+        )  # fmt: skip
+    head = ("model", "batch", "context", "ms per step", "transformers' ms", "times", "over the floor", "cache over closed form", "logits apart")
+    words, prefill = found["same_words"], found["prefill"]
+    ours, theirs = prefill["moelab"], prefill["transformers"]
+    return [
+        "## Decoding over a filled cache",
+        "",
+        "*Floor*: activated weights and latents in bytes over the measured read bandwidth (target at 1K: 1.5).",
+        "",
+        *_table(head, rows),
+        f"Greedy words: {words['same']} of {words['of']} steps alike.",
+        "",
+        f"Prefill of 4,096: {theirs['seconds'] / ours['seconds']:.2f} times as fast ({ours['seconds']:.2f} s against {theirs['seconds']:.2f} s; target 3), "
+        f"with {ours['added_peak_bytes'] / theirs['added_peak_bytes']:.3f} of the added peak memory "
+        f"({ours['added_peak_bytes'] / 2**20:,.0f} MiB against {theirs['added_peak_bytes'] / 2**20:,.0f} MiB; target 0.2).",
+        "",
+    ]
+
+
+def _workers(found: dict[str, Any]) -> list[str]:
+    workers = found["workers"]
+    return [
+        "## Two workers",
+        "",
+        f"Two pinned workers train {_against(workers['times'], 1.9)} times as many tokens per second as one "
+        f"({workers['two']:,.0f} against {workers['one']:,.0f}; micro, 8 x 256, interleaved).",
+        "",
+    ]
