@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -235,6 +236,8 @@ def _write(text: str) -> None:
 
 def main() -> None:
     """The door: a UserError becomes its sentences on stderr and exit code 1."""
+    # One thread is what the compiled kernels are for, and two in one process are hardly faster than one: OMP_NUM_THREADS=N for more.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         app()
     except UserError as error:

@@ -18,6 +18,8 @@ class Gate(nn.Module):
         self.weight = nn.Parameter(torch.empty(experts, hidden_size))
 
     def forward(self, x_MD: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled(x_MD.device.type):
+            return F.linear(at_least_float32(x_MD), at_least_float32(self.weight))
         with torch.autocast(x_MD.device.type, enabled=False):
             return F.linear(at_least_float32(x_MD), at_least_float32(self.weight))
 

@@ -18,7 +18,13 @@ from tests.bench.common import pin
 from tests.bench.page import render
 
 PARTS = ("training", "workers", "moe", "decoding")
-STEPS = [("deepseek-v2-micro", 8, 256), ("deepseek-v2-micro", 2, 1024), ("deepseek-v2-mini", 8, 256), ("deepseek-v2-mini", 2, 1024)]
+STEPS = [
+    ("deepseek-v2-micro", 8, 256),
+    ("deepseek-v2-micro", 2, 1024),
+    ("deepseek-v2-mini", 8, 256),
+    ("deepseek-v2-mini", 2, 1024),
+    ("64-experts", 8, 256),
+]
 CONTEXTS = [(1, 1024), (1, 4096), (1, 16384), (1, 32768), (8, 1024), (8, 4096)]
 
 

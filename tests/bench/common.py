@@ -14,14 +14,16 @@ from research.model.transformer import Transformer
 from research.training.allocator import keep_freed_memory
 
 
-def pin(core: int = -1) -> int:
-    """One thread on one core (the last one there is), as a worker of a study has it; the core."""
+def pin(core: int = -1, *, keep: bool = True) -> int:
+    """One thread on one core (the last one there is), as a worker of a study has it; the core.  Without `keep` freed memory goes
+    back to the system, as where a peak is measured."""
     os.sched_setaffinity(0, range(os.cpu_count() or 1))  # a child inherits its parent's one core
     there = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {there[core]})
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    keep_freed_memory()
+    if keep:
+        keep_freed_memory()
     return there[core]
 
 

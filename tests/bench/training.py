@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from research.accounting import train_flops_per_token
+from research.config import BalanceConfig, ModelConfig, MoEConfig
 from research.model.balance import balance_losses
 from research.model.kernels import native
 from research.model.loss import chunked_language_loss
@@ -71,9 +72,25 @@ class Theirs:
         return float(loss.detach())
 
 
+def model_of(name: str) -> ModelConfig:
+    """A preset, or `64-experts`: a wider model of 64 experts, of which 6 are chosen."""
+    if name != "64-experts":
+        return preset(name)
+    return replace(
+        preset("deepseek-v2-mini"),
+        hidden_size=512,
+        num_hidden_layers=3,
+        intermediate_size=1408,
+        moe=MoEConfig(
+            n_routed_experts=64, num_experts_per_tok=6, moe_intermediate_size=176, n_shared_experts=2, first_k_dense_replace=1,
+            balance=BalanceConfig(expert=0.001),
+        ),
+    )  # fmt: skip
+
+
 def measure_step(name: str, batch: int, length: int, rounds: int) -> dict[str, object]:
     """Seconds per step of the three, interleaved; how far their first ten losses are apart; the share of the ceiling."""
-    config = preset(name)
+    config = model_of(name)
     random = torch.Generator().manual_seed(0)
     batches = [torch.randint(0, config.vocab_size, (batch, length + 1), generator=random) for _ in range(10)]
     model = spread_out(config)
@@ -158,14 +175,12 @@ def product_seconds(ta: str, tb: str, m: int, n: int, k: int) -> float:
     assert library is not None, "the ceiling is measured through the compiled kernels"
     a, b, c = torch.randn(m * k), torch.randn(k * n), torch.empty(m * n)
     lda, ldb = (k if ta == "N" else m), (n if tb == "N" else k)
-    places = [ctypes.c_void_p(a.data_ptr()), ctypes.c_int64(lda), ctypes.c_void_p(b.data_ptr()), ctypes.c_int64(ldb), ctypes.c_void_p(c.data_ptr())]
+    places = (a.data_ptr(), lda, b.data_ptr(), ldb, c.data_ptr(), n)
     times = max(1, int(2e8 / (2 * m * n * k + 1)))
     best = float("inf")
     for _ in range(4):
         began = time.perf_counter()
-        library.repeat_product(
-            ctypes.c_char(ta.encode()), ctypes.c_char(tb.encode()), *map(ctypes.c_int64, (m, n, k)), *places, ctypes.c_int64(n), ctypes.c_int64(times)
-        )
+        library.repeat_product(ta.encode(), tb.encode(), m, n, k, *places, times)
         best = min(best, (time.perf_counter() - began) / times)
     return best
 

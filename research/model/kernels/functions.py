@@ -15,8 +15,8 @@ ROWS = 256
 """As in kernels.c."""
 
 
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def _rows(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-FEW_ROWS = 2
+FEW_ROWS = 8
 """Rows up to which a product is a matter of reading the weight."""
 
 
@@ -34,7 +34,7 @@ def few_rows_product(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., k) of FEW_ROWS rows at most and weight (n, k) -> (..., n); no gradients."""
     x, (outputs, inputs) = x.contiguous(), weight.shape
     out = x.new_empty(*x.shape[:-1], outputs)
-    _c().few_rows_product(_pointer(x), _pointer(weight), _pointer(out), _i(x.numel() // inputs), _i(outputs), _i(inputs))
+    _c().few_rows_product(_pointer(x), _pointer(weight), _pointer(out), x.numel() // inputs, outputs, inputs)
     return out
 
 
@@ -43,7 +43,7 @@ def _normalised(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     size = x.shape[-1]
     y, inverse = x.new_empty(x.shape), x.new_empty(x.numel() // size)
     stride = x.stride(-2) if x.ndim > 1 else size
-    _c().rms_norm(_pointer(x), _i(stride), _pointer(weight), ctypes.c_float(eps), _pointer(y), _pointer(inverse), _i(len(inverse)), _i(size))
+    _c().rms_norm(_pointer(x), stride, _pointer(weight), eps, _pointer(y), _pointer(inverse), len(inverse), size)
     return y, inverse
 
 
@@ -62,9 +62,7 @@ class _Normalise(torch.autograd.Function):
         gradient = gradient.contiguous()
         dx, dweight = x.new_empty(x.shape), torch.empty_like(weight)
         stride, size = x.stride(-2) if x.ndim > 1 else x.shape[-1], x.shape[-1]
-        _c().rms_norm_backward(
-            *map(_pointer, (gradient, x)), _i(stride), *map(_pointer, (weight, inverse, dx, dweight)), _i(inverse.numel()), _i(size)
-        )
+        _c().rms_norm_backward(*map(_pointer, (gradient, x)), stride, *map(_pointer, (weight, inverse, dx, dweight)), inverse.numel(), size)
         return dx, dweight, None
 
 
@@ -76,7 +74,7 @@ def normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _gated(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty_like(gate)
-    _c().swiglu(_pointer(gate), _pointer(up), _pointer(out), _i(gate.numel()))
+    _c().swiglu(_pointer(gate), _pointer(up), _pointer(out), gate.numel())
     return out
 
 
@@ -92,7 +90,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         gradient, dgate, dup = gradient.contiguous(), torch.empty_like(gate), torch.empty_like(up)
-        _c().swiglu_backward(*map(_pointer, (gradient, gate, up, dgate, dup)), _i(gate.numel()))
+        _c().swiglu_backward(*map(_pointer, (gradient, gate, up, dgate, dup)), gate.numel())
         return dgate, dup
 
 
@@ -107,7 +105,7 @@ def choose_experts(scores: Tensor, devices: int, limit: int, chosen: int) -> Ten
     tokens, experts = scores.shape
     ids = torch.empty(tokens, chosen, dtype=torch.int64)
     best, reachable = scores.new_empty(max(chosen, devices)), ids.new_empty(devices)
-    _c().choose_experts(*map(_pointer, (scores, ids)), *map(_i, (tokens, experts, devices, limit, chosen)), _pointer(best), _pointer(reachable))
+    _c().choose_experts(*map(_pointer, (scores, ids)), *((tokens, experts, devices, limit, chosen)), _pointer(best), _pointer(reachable))
     return ids
 
 
@@ -117,10 +115,10 @@ class _RoutedExperts(torch.autograd.Function):
         x, gates, ids, kept = x.contiguous(), gates.contiguous(), ids.contiguous(), kept.contiguous()
         (experts, size, width), chosen = down.shape, ids.shape[1]
         slot, ends = ids.new_empty(ids.numel()), ids.new_empty(experts)
-        slots = _c().sort_by_expert(*map(_pointer, (ids, kept, slot, ends)), _i(ids.numel()), _i(experts))
+        slots = _c().sort_by_expert(*map(_pointer, (ids, kept, slot, ends)), ids.numel(), experts)
         hidden, out = x.new_empty(slots, 2 * width), torch.zeros_like(x)
         scratch = x.new_empty(ROWS * (2 * size + width))
-        _c().experts_forward(*map(_pointer, (x, gates, slot, ends, gate_up, down, hidden, out, scratch)), *map(_i, (chosen, experts, size, width)))
+        _c().experts_forward(*map(_pointer, (x, gates, slot, ends, gate_up, down, hidden, out, scratch)), *((chosen, experts, size, width)))
         ctx.save_for_backward(x, gates, slot, ends, gate_up, down, hidden)
         return out
 
@@ -135,7 +133,7 @@ class _RoutedExperts(torch.autograd.Function):
         scratch = x.new_empty(ROWS * (2 * size + 4 * width))
         _c().experts_backward(
             *map(_pointer, (gradient, x, gates, slot, ends, gate_up, down, hidden, dx, dgates, dgate_up, ddown, scratch)),
-            *map(_i, (chosen, experts, size, width)),
+            *((chosen, experts, size, width)),
         )
         return dx, dgates, None, None, dgate_up, ddown
 
@@ -314,10 +312,10 @@ def latent_decode(
     out = query.new_empty(batch, length, heads * value)
     scratch = query.new_empty(length * heads * (3 * rank + rope + 2 + chunk))
     _c().latent_decode(
-        _pointer(query), _pointer(table), _i(_per_batch(table, query)),
-        _pointer(latent), _i(latent.stride(0)), _i(latent.stride(1)), _pointer(key_rope), _i(key_rope.stride(0)), _i(key_rope.stride(1)),
-        *map(_pointer, (positions, weight, out, scratch)), ctypes.c_float(scale),
-        *map(_i, (batch, length, heads, nope, rope, value, rank, chunk)),
+        _pointer(query), _pointer(table), _per_batch(table, query),
+        _pointer(latent), latent.stride(0), latent.stride(1), _pointer(key_rope), key_rope.stride(0), key_rope.stride(1),
+        *map(_pointer, (positions, weight, out, scratch)), scale,
+        *((batch, length, heads, nope, rope, value, rank, chunk)),
     )  # fmt: skip
     return out
 
@@ -373,9 +371,7 @@ def _per_head(x: Tensor, width: int) -> tuple[int, int, int]:
 
 def _heads(transposed: str, heads: int, mnk: tuple[int, int, int], *operands: tuple[int, int, int]) -> None:
     """C_h = op(A_h) op(B_h) of (m, k) and (k, n) for each head."""
-    ways = (ctypes.c_char(letter.encode()) for letter in transposed)
-    places = (part for address, row, head in operands for part in (ctypes.c_void_p(address), _i(row), _i(head)))
-    _c().heads_product(*ways, _i(heads), *map(_i, mnk), *places)
+    _c().heads_product(*(letter.encode() for letter in transposed), heads, *mnk, *(part for operand in operands for part in operand))
 
 
 def _turns(table: Tensor) -> Tensor:
@@ -386,10 +382,6 @@ def _turns(table: Tensor) -> Tensor:
 def _per_batch(table: Tensor, query: Tensor) -> int:
     """Floats between one sequence's table and the next one's, of real table (T, R / 2, 2) or (B or 1, 1, T, R / 2, 2)."""
     return table.stride(0) if table.ndim == 5 and table.shape[0] == query.shape[0] else 0
-
-
-def _i(value: int) -> ctypes.c_int64:
-    return ctypes.c_int64(value)
 
 
 def _c() -> ctypes.CDLL:

@@ -79,6 +79,15 @@ void few_rows_product(const float *x, const float *w, float *out, i64 m, i64 n, 
     }
 }
 
+/* out (m, n) = x (m, k) w^T. */
+static void product(i64 m, i64 n, i64 k, const float *x, const float *w, float *out)
+{
+    if (m <= 8)
+        few_rows_product(x, w, out, m, n, k);
+    else
+        gemm('N', 'T', m, n, k, 1.0f, x, k, w, k, 0.0f, out, n);
+}
+
 /* ---- RMSNorm ---- */
 
 /* y = x * inverse * weight with inverse = 1 / sqrt(mean(x^2) + eps), kept for the way back. */
@@ -223,13 +232,13 @@ void experts_forward(const float *x, const float *gates, const i64 *slot, const 
             i64 n = ends[e] - begin < ROWS ? ends[e] - begin : ROWS;
             float *h = hidden + begin * 2 * f;
             gather(x, slot + begin, chosen, n, d, rows);
-            gemm('N', 'T', n, 2 * f, d, 1.0f, rows, d, gate_up + e * 2 * f * d, d, 0.0f, h, 2 * f);
+            product(n, 2 * f, d, rows, gate_up + e * 2 * f * d, h);
             for (i64 r = 0; r < n; r++) {
                 const float *restrict g = h + r * 2 * f, *restrict u = g + f;
                 float *restrict a = active + r * f, weight = gates[slot[begin + r]];
                 for (i64 j = 0; j < f; j++) a[j] = g[j] * sigmoid(g[j]) * u[j] * weight;
             }
-            gemm('N', 'T', n, d, f, 1.0f, active, f, down + e * d * f, f, 0.0f, result, d);
+            product(n, d, f, active, down + e * d * f, result);
             scatter_add(result, slot + begin, chosen, n, d, out);
         }
     }

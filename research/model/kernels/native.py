@@ -22,6 +22,25 @@ from research.folders import cache_directory
 
 SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-shared", "-fPIC")
+SIGNATURES = {
+    "set_sgemm": "p",
+    "repeat_product": "cciiipipipii",
+    "few_rows_product": "pppiii",
+    "rms_norm": "pipfppii",
+    "rms_norm_backward": "ppippppii",
+    "swiglu": "pppi",
+    "swiglu_backward": "pppppi",
+    "choose_experts": "ppiiiiipp",
+    "sort_by_expert": "ppppii",
+    "experts_forward": "pppppppppiiii",
+    "experts_backward": "pppppppppppppiiii",
+    "attention_forward": "ppppppppp",
+    "attention_backward": "ppppppppppppppp",
+    "heads_product": "cciiiipiipiipii",
+    "latent_decode": "ppipiipiippppfiiiiiiii",
+}
+"""Arguments: p(ointer), i(nt64), f(loat), c(har)."""
+TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "c": ctypes.c_char}
 log = logging.getLogger(__name__)
 
 
@@ -74,6 +93,8 @@ def blas() -> Any:
 
 def _load(path: Path) -> ctypes.CDLL:
     kernels = ctypes.CDLL(str(path))
+    for name, arguments in SIGNATURES.items():
+        getattr(kernels, name).argtypes = [TYPES[letter] for letter in arguments]
+        getattr(kernels, name).restype = ctypes.c_int64 if name == "sort_by_expert" else None
     kernels.set_sgemm(ctypes.cast(blas(), ctypes.c_void_p))
-    kernels.sort_by_expert.restype = ctypes.c_int64
     return kernels
