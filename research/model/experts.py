@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from research.config import Activation, MoEConfig
 from research.model.kernels import functions, native
-from research.model.layers import ACTIVATIONS
+from research.model.layers import ACTIVATIONS, autocast_on
 from research.model.router import Routing
 
 
@@ -57,8 +57,7 @@ def grouped_experts(x_MD: Tensor, routing: Routing, gate_up: Tensor, down: Tenso
 
 def _product_dtype(x: Tensor) -> torch.dtype:
     """Autocast's precision where it is on, which does not know the grouped product."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else x.dtype
+    return torch.get_autocast_dtype(x.device.type) if autocast_on(x) else x.dtype
 
 
 def _activate(hidden: Tensor, width: int, activation: Callable[[Tensor], Tensor]) -> Tensor:

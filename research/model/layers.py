@@ -17,6 +17,11 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def autocast_on(x: Tensor) -> bool:
+    """Whether an enclosing autocast narrows products of x; the meta device, where nothing is computed, knows none."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 class Linear(nn.Linear):
     """x W^T, without a bias; one token at a time on a CPU, as in decoding, by a kernel that reads W as fast as memory gives it."""
 

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from research.config import ModelConfig
 from research.model.experts import RoutedExperts
-from research.model.layers import FeedForward, at_least_float32
+from research.model.layers import FeedForward, at_least_float32, autocast_on
 from research.model.router import Routing, drop, hash_table, route, route_by_hash
 
 
@@ -18,7 +18,7 @@ class Gate(nn.Module):
         self.weight = nn.Parameter(torch.empty(experts, hidden_size))
 
     def forward(self, x_MD: Tensor) -> Tensor:
-        if not torch.is_autocast_enabled(x_MD.device.type):
+        if not autocast_on(x_MD):
             return F.linear(at_least_float32(x_MD), at_least_float32(self.weight))
         with torch.autocast(x_MD.device.type, enabled=False):
             return F.linear(at_least_float32(x_MD), at_least_float32(self.weight))

@@ -329,16 +329,12 @@ static void unpack(const float *from, const float *table, float scale, float *no
         float *restrict a = nope + t * nope_row, *restrict b = rope + t * rope_row;
         for (i64 j = 0; j < N; j++) a[j] = in[j] * scale;
         in += N;
-        if (!shared)
-            memset(b, 0, R * sizeof(float));
-        if (!table) {
-            for (i64 j = 0; j < R; j++) b[j] += in[j] * scale;
-            continue;
-        }
-        const float *restrict turn = table + t * R;
+        const float *restrict turn = table + (table ? t * R : 0);
         for (i64 j = 0; j < R; j += 2) {
-            b[j] += (in[j] * turn[j] + in[j + 1] * turn[j + 1]) * scale;
-            b[j + 1] += (in[j + 1] * turn[j] - in[j] * turn[j + 1]) * scale;
+            float first = in[j] * scale, second = in[j + 1] * scale;
+            float re = table ? first * turn[j] + second * turn[j + 1] : first, im = table ? second * turn[j] - first * turn[j + 1] : second;
+            b[j] = shared ? b[j] + re : re;
+            b[j + 1] = shared ? b[j + 1] + im : im;
         }
     }
 }
