@@ -207,6 +207,20 @@ def test_new_positions_over_a_cache_of_unequal_lengths(lengths, new, heads, nope
         )
 
 
+def test_decoding_copies_nothing_of_the_cache():
+    """What a step allocates does not grow with what is cached."""
+    sizes, weight = functions.Sizes(2, 2, 4, 2, 3), normal(14, 8)
+    table = rotary_table(torch.tensor([499]), 2, 100.0)
+    allocated = []
+    for room in (600, 6000):
+        latent, key_rope = torch.zeros(2, room, 8)[:, : room - 100], torch.zeros(2, room, 2)[:, : room - 100]
+        positions = torch.tensor([[room - 101]] * 2)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            functions.latent_decode(normal(2, 1, 12), latent, key_rope, weight, table, positions, sizes, 1.0)
+        allocated.append(sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages()))
+    assert allocated[1] - allocated[0] <= 4 * 2 * functions.CHUNK_BYTES // 40, allocated  # the scores of one chunk, at most
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     batch=st.integers(1, 3),

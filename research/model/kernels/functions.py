@@ -146,6 +146,11 @@ def routed_experts(x_MD: Tensor, gates_MK: Tensor, ids_MK: Tensor, kept_MK: Tens
     return _RoutedExperts.apply(x_MD, gates_MK, ids_MK, kept_MK, gate_up, down)
 
 
+def _strided(x: Tensor) -> Tensor:
+    """x (B, S, W) with vectors in one piece, copied only where they are not: a part of a cache is read where it lies."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 class _Operand(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("batch", ctypes.c_int64), ("row", ctypes.c_int64), ("head", ctypes.c_int64))
 
@@ -188,7 +193,7 @@ class _CausalAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key_value: Tensor, key_rope: Tensor | None, value: Tensor | None, table: Tensor, first: Tensor | None,
                 before: Tensor | None, sizes: Sizes, scale: float) -> Tensor:  # fmt: skip
         query, key_value, table = query.contiguous(), key_value.contiguous(), _turns(table)
-        key_rope = None if key_rope is None else _rows(key_rope)
+        key_rope = None if key_rope is None else _strided(key_rope)
         value = None if value is None else value.contiguous()
         out = query.new_empty(*query.shape[:2], sizes.heads * sizes.value)
         operands = (*_inputs(query, key_value, key_rope, value, sizes), _operand(out, sizes.value))
@@ -219,7 +224,7 @@ class _AbsorbedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, latent: Tensor, key_rope: Tensor, weight: Tensor, table: Tensor, first: Tensor | None,
                 before: Tensor | None, sizes: Sizes, scale: float) -> Tensor:  # fmt: skip
-        query, latent, key_rope, table = query.contiguous(), _rows(latent), _rows(key_rope), _turns(table)
+        query, latent, key_rope, table = query.contiguous(), _strided(latent), _strided(key_rope), _turns(table)
         (batch, length), (heads, _, nope, _, value), rank = query.shape[:2], sizes, latent.shape[-1]
         absorbed, context = query.new_empty(batch, length, heads * rank), query.new_empty(batch, length, heads * rank)
         inner = sizes._replace(groups=1, nope=rank, value=rank)
@@ -306,7 +311,7 @@ def latent_decode(
     query: Tensor, latent: Tensor, key_rope: Tensor, weight: Tensor, table: Tensor, positions: Tensor, sizes: Sizes, scale: float
 ) -> Tensor:
     """`absorbed_attention` for a few new positions (int64, B, T) over a cache, each of which sees the rows up to its own; no gradients."""
-    query, latent, key_rope, table, positions = query.contiguous(), _rows(latent), _rows(key_rope), _turns(table), positions.contiguous()
+    query, latent, key_rope, table, positions = query.contiguous(), _strided(latent), _strided(key_rope), _turns(table), positions.contiguous()
     (batch, length), (heads, _, nope, rope, value), rank = query.shape[:2], sizes, latent.shape[-1]
     chunk = max(16, min(latent.shape[1], CHUNK_BYTES // (4 * (rank + rope))))
     out = query.new_empty(batch, length, heads * value)
