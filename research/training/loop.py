@@ -19,7 +19,7 @@ from research.data.batches import batch
 from research.data.packing import documents
 from research.data.prefetch import Prefetcher
 from research.data.prepare import PreparedData, prepare
-from research.errors import ConfigError
+from research.devices import choose_device
 from research.evaluation.bits_per_byte import evaluate_domains, score_metrics
 from research.evaluation.ngram import reference_bits_per_byte
 from research.model.balance import BalanceLosses, balance_losses
@@ -70,7 +70,7 @@ def train(
     """
     keep_freed_memory()
     torch.set_flush_denormal(True)  # peaked attention makes denormals, which are several times slower on a CPU
-    place, training, folder = _device(device), config.training, directory / "checkpoint"
+    place, training, folder = choose_device(device), config.training, directory / "checkpoint"
     data = prepare(config.data, announce)
     with naming_out_of_memory(place, "when the model was built"):
         model = Transformer(config.model).to(place).initialise(config.seed)
@@ -232,13 +232,3 @@ def _yardstick(data: PreparedData, config: RunConfig, steps: int, announce: Call
     except ValueError as error:
         announce(str(error))
         return {}
-
-
-def _device(name: str) -> torch.device:
-    """`auto` is a GPU if there is one.  ConfigError for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    there = ["cpu", *(["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] if torch.cuda.is_available() else [])]
-    if name not in there:
-        raise ConfigError(f"device = {name!r}: is not there; valid: auto, {', '.join(there)}")
-    return torch.device(name)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_runs import config, write_text
+from small_runs import config
 
 from research.errors import OutOfMemory
 from research.model.transformer import Transformer
@@ -15,19 +15,6 @@ from research.training import checkpoint, health, records
 from research.training.health import DEAD_AFTER, PATIENCE, Diverged, Health, largest_gradients, naming_out_of_memory
 from research.training.loop import train
 from research.training.records import JsonlRecorder
-
-
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOELAB_CACHE", str(tmp_path_factory.mktemp("cache")))
-        torch.set_num_threads(1)
-        yield
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("text"))
 
 
 def run(settings, out, should_stop=lambda record: False, **more):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_runs import config, write_config, write_text
+from small_runs import config, write_config
 
 from research.errors import DiskFull
 from research.training import checkpoint, records
@@ -22,19 +22,6 @@ from research.training.records import JsonlRecorder
 
 RAMP = {"batch_ramp_from": 2, "batch_ramp_tokens": 1500, "micro_batch_size": 2}
 KEPT = {"keep_checkpoints": 2, "keep_best": True}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOELAB_CACHE", str(tmp_path_factory.mktemp("cache")))
-        torch.set_num_threads(1)
-        yield
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("text"))
 
 
 def run(settings, out, should_stop=lambda record: False):

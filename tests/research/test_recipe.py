@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from small_runs import config, write_text
+from small_runs import config
 
 from research.config import OptimizerConfig
 from research.configfile import load_run_config
@@ -19,19 +19,6 @@ from research.training.optimizer import build_optimizer, set_learning_rate
 
 def ids_of(data, settings, step):
     return torch.from_numpy(_make_batch(data, settings, torch.device("cpu"))(step))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOELAB_CACHE", str(tmp_path_factory.mktemp("cache")))
-        torch.set_num_threads(1)
-        yield
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("text"))
 
 
 def test_every_parameter_is_in_one_group_and_gains_are_not_decayed(text):
