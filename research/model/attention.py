@@ -113,7 +113,7 @@ class MultiHeadLatentAttention(nn.Module):
             latent, key_rope = cache.append(place, latent, key_rope)
             visible = place.visible
         pays = expansion_pays(self.config)
-        if native.usable(query, latent, key_rope):
+        if (visible is None or not torch.is_grad_enabled()) and native.usable(query, latent, key_rope):  # behind a cache they give no gradients
             absorbed = pays == math.inf if visible is None else x.shape[1] < pays
             return self.o_proj(self._by_kernels(query, latent, key_rope, table, None if visible is None else place, first, absorbed=absorbed))
         query_nope, query_rope = self._split(query, table)

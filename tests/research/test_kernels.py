@@ -13,6 +13,7 @@ from odd_models import YARN, random_model, small
 from torch.nn import functional as F
 
 from research.model.attention import expansion_pays
+from research.model.cache import Cache
 from research.model.experts import looped_experts
 from research.model.kernels import functions, native
 from research.model.layers import rotary_table, rotate
@@ -248,6 +249,59 @@ def test_grouped_attention(batch, length, groups, per_group, nope, value, seed):
 
     inputs = [normal(batch, length, n, seed=seed + i) for i, n in enumerate((heads * width, groups * width, groups * value))]
     agree(lambda q, k, v: functions.grouped_attention(q, k, v, table, sizes, 0.5), exact, inputs)
+
+
+def test_gradients_and_inputs_may_lie_in_any_order():
+    """An expanded or a transposed gradient, sequences of one position, rows whose stride says nothing."""
+    sizes, table = functions.Sizes(3, 3, 8, 4, 8), rotary_table(torch.arange(70), 4, 100.0)
+    latent, weight = normal(2, 70, 5, seed=5), normal(48, 5, seed=6)
+    forms = {
+        "expanded": (
+            lambda *x: functions.latent_attention(*x, table, sizes, 0.3),
+            [normal(2, 70, 36), normal(2, 70, 48, seed=1), normal(2, 70, 4, seed=2)],
+        ),
+        "grouped": (
+            lambda *x: functions.grouped_attention(*x, table, sizes, 0.3),
+            [normal(2, 70, 36), normal(2, 70, 36, seed=1), normal(2, 70, 24, seed=2)],
+        ),
+        "absorbed": (lambda *x: functions.absorbed_attention(*x, table, sizes, 0.3), [normal(2, 70, 36), latent, normal(2, 70, 4, seed=2), weight]),
+    }
+    whole = normal(2, 24, 70, seed=7).transpose(1, 2)
+    for name, (form, inputs) in forms.items():
+        given = [x.requires_grad_() for x in inputs]
+        for gradient in (torch.ones(()).expand(2, 70, 24), whole):
+            said = torch.autograd.grad(form(*given), given, gradient)
+            wanted = torch.autograd.grad(form(*given), given, gradient.contiguous())
+            assert all(torch.equal(a, b) for a, b in zip(said, wanted, strict=True)), name
+    x = normal(1, 6, 8).transpose(0, 1)
+    torch.testing.assert_close(functions.normalise(x, torch.ones(8), 1e-6), F.rms_norm(x, (8,), torch.ones(8), 1e-6))
+    one = normal(1, 3, 36).transpose(0, 1)  # three sequences of one position, with the strides of one of three
+    inputs = [normal(1, 3, 5, seed=5).transpose(0, 1), normal(1, 3, 4, seed=2).transpose(0, 1)]
+    said = functions.absorbed_attention(one, *inputs, weight, table[:1], sizes, 0.3)
+    assert torch.equal(said, functions.absorbed_attention(one.clone(memory_format=torch.contiguous_format), *inputs, weight, table[:1], sizes, 0.3))
+
+
+def test_padding_beyond_the_cache_reads_nothing_there():
+    """Positions after the last row belong to padding: what lies in memory behind the rows must not reach a real one."""
+    sizes, weight = functions.Sizes(2, 2, 4, 2, 3), normal(14, 8)
+    room = torch.full((2, 12, 10), math.nan)
+    room[:, :8] = normal(2, 8, 10, seed=1)
+    latent, key_rope = room[:, :8, :8], room[:, :8, 8:]
+    positions = torch.tensor([[6, 7, 8, 9], [5, 6, 7, 8]])
+    table = rotary_table(positions.flatten(), 2, 100.0).unflatten(0, positions.shape)[:, None]
+    out = functions.latent_decode(normal(2, 4, 12), latent, key_rope, weight, table, positions, sizes, 1.0)
+    assert not out[0, :2].isnan().any()
+    assert not out[1, :3].isnan().any()
+
+
+def test_behind_a_cache_gradients_are_left_to_torch():
+    model = random_model(small())
+    for new in (3, 12):
+        cache = Cache.allocate(model.config, 1, 30, dtype=torch.float32, device="cpu")
+        with torch.no_grad():
+            model(torch.zeros(1, 9, dtype=torch.int64), cache)
+        model(torch.ones(1, new, dtype=torch.int64), cache).logits.sum().backward()
+    assert all(p.grad is not None for p in model.layers[-1].self_attn.parameters())
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 100.0, 1e4])

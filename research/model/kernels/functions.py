@@ -38,12 +38,16 @@ def few_rows_product(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
+def _row_stride(x: Tensor) -> int:
+    """Between the rows of x as `_rows` gives it; the strides of dimensions of size 1 say nothing."""
+    return x.shape[-1] if x.is_contiguous() else x.stride(-2)
+
+
 def _normalised(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y and 1 / rms(x) of each row; x with equidistant rows."""
     size = x.shape[-1]
     y, inverse = x.new_empty(x.shape), x.new_empty(x.numel() // size)
-    stride = x.stride(-2) if x.ndim > 1 else size
-    _c().rms_norm(_pointer(x), stride, _pointer(weight), eps, _pointer(y), _pointer(inverse), len(inverse), size)
+    _c().rms_norm(_pointer(x), _row_stride(x), _pointer(weight), eps, _pointer(y), _pointer(inverse), len(inverse), size)
     return y, inverse
 
 
@@ -61,8 +65,8 @@ class _Normalise(torch.autograd.Function):
         x, weight, inverse = ctx.saved_tensors
         gradient = gradient.contiguous()
         dx, dweight = x.new_empty(x.shape), torch.empty_like(weight)
-        stride, size = x.stride(-2) if x.ndim > 1 else x.shape[-1], x.shape[-1]
-        _c().rms_norm_backward(*map(_pointer, (gradient, x)), stride, *map(_pointer, (weight, inverse, dx, dweight)), inverse.numel(), size)
+        rows, size = inverse.numel(), x.shape[-1]
+        _c().rms_norm_backward(*map(_pointer, (gradient, x)), _row_stride(x), *map(_pointer, (weight, inverse, dx, dweight)), rows, size)
         return dx, dweight, None
 
 
@@ -208,13 +212,14 @@ class _CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key_value, key_rope, value, table, first, out, lse = ctx.saved_tensors
         sizes: Sizes = ctx.sizes
+        gradient = gradient.contiguous()  # under a name: the kernel gets its address alone
         dquery, dkey_value = torch.empty_like(query), torch.empty_like(key_value)
         dkey_rope = None if key_rope is None else key_rope.new_empty(key_rope.shape)
         dvalue = None if value is None else torch.empty_like(value)
         operands = (*_inputs(query, key_value, key_rope, value, sizes), _operand(out, sizes.value))
         shape = _shape(query, key_value, table, first, None, sizes, ctx.scale, turn_keys=value is not None)
         grads = _inputs(dquery, dkey_value, dkey_rope, dvalue, sizes)
-        _attend_backward(shape, operands, lse, _operand(gradient.contiguous(), sizes.value), grads, query)
+        _attend_backward(shape, operands, lse, _operand(gradient, sizes.value), grads, query)
         return dquery, dkey_value, dkey_rope, dvalue, None, None, None, None, None
 
 
@@ -319,7 +324,7 @@ def latent_decode(
     _c().latent_decode(
         _pointer(query), _pointer(table), _per_batch(table, query),
         _pointer(latent), latent.stride(0), latent.stride(1), _pointer(key_rope), key_rope.stride(0), key_rope.stride(1),
-        *map(_pointer, (positions, weight, out, scratch)), scale,
+        *map(_pointer, (positions, weight, out, scratch)), scale, latent.shape[1],
         *((batch, length, heads, nope, rope, value, rank, chunk)),
     )  # fmt: skip
     return out
@@ -371,7 +376,7 @@ def _up_projections(weight: Tensor, sizes: Sizes) -> tuple[tuple[int, int, int],
 
 def _per_head(x: Tensor, width: int) -> tuple[int, int, int]:
     """Heads of `width` beside each other in contiguous x (B, T, ...)."""
-    return x.data_ptr(), x.stride(1), width
+    return x.data_ptr(), x.shape[-1], width
 
 
 def _heads(transposed: str, heads: int, mnk: tuple[int, int, int], *operands: tuple[int, int, int]) -> None:

@@ -445,11 +445,11 @@ void heads_product(char ta, char tb, i64 heads, i64 m, i64 n, i64 k, const float
 
 /* The absorbed form for a few new positions (V2 section 2.1): every head attends to the latent rows themselves.
    query (B, T, H, N + R), its rotary parts not yet turned; table (B or 1, T, R); latent rows (C) and rotary keys (R) of the cache, with their strides;
-   position (B, T) of each query, which sees the rows up to it; weight (H, N + V, C) of kv_b_proj -> out (B, T, H, V).
+   position (B, T) of each query, which sees the rows up to it, of S; weight (H, N + V, C) of kv_b_proj -> out (B, T, H, V).
    Rows are taken `chunk` at a time with a running maximum, so that each is fetched from memory once for all heads.
    scratch: T H (3 C + R + 2 + chunk) floats. */
 void latent_decode(const float *query, const float *table, i64 table_batch, const float *latent, i64 latent_batch, i64 latent_row, const float *rope,
-                   i64 rope_batch, i64 rope_row, const i64 *position, const float *weight, float *out, float *scratch, float scale, i64 B, i64 T, i64 H,
+                   i64 rope_batch, i64 rope_row, const i64 *position, const float *weight, float *out, float *scratch, float scale, i64 S, i64 B, i64 T, i64 H,
                    i64 N, i64 R, i64 V, i64 C, i64 chunk)
 {
     i64 rows = T * H;
@@ -474,6 +474,7 @@ void latent_decode(const float *query, const float *table, i64 table_batch, cons
                 pack(q, 0, q + (t * H + h) * (N + R) + N, 0, table + b * table_batch + t * R, scale, qr + (t * H + h) * R, 1, 0, R);
         i64 end = 0;
         for (i64 t = 0; t < T; t++) end = position[b * T + t] + 1 > end ? position[b * T + t] + 1 : end;
+        end = end < S ? end : S; /* beyond the rows only padding asks */
         for (i64 r = 0; r < rows; r++) {
             most[r] = -INFINITY;
             total[r] = 0.0f;

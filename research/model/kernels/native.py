@@ -37,7 +37,7 @@ SIGNATURES = {
     "attention_forward": "ppppppppp",
     "attention_backward": "ppppppppppppppp",
     "heads_product": "cciiiipiipiipii",
-    "latent_decode": "ppipiipiippppfiiiiiiii",
+    "latent_decode": "ppipiipiippppfiiiiiiiii",
 }
 """Arguments: p(ointer), i(nt64), f(loat), c(har)."""
 TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "c": ctypes.c_char}
