@@ -10,7 +10,6 @@ how much of the held-out text occurs in training text.
 
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,7 +23,7 @@ import numpy as np
 from filelock import FileLock
 from tokenizers import Tokenizer
 
-from research.atomic import write_text
+from research.atomic import sync, write_text
 from research.config import DataConfig
 from research.data import corpora
 from research.data.corpora import Document
@@ -200,9 +199,9 @@ def _write(config: DataConfig, folder: Path, announce: Callable[[str], None]) ->
         new.mkdir(parents=True)
         _fill(new, config, parts, Counter(d.domain for d in documents), announce)
         for path in [*new.iterdir(), new]:
-            _flush(path)
+            sync(path)
         new.rename(folder)
-        _flush(folder.parent)
+        sync(folder.parent)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
@@ -237,15 +236,6 @@ def _fill(
         "split": " ".join((__doc__ or "").split("Split: ")[1].split()),
     }
     write_text(new / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False))
-
-
-def _flush(path: Path) -> None:
-    """To the disk, so that a rename never outlives what it renames."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _encode(tokenizer: Tokenizer, blocks: list[str]) -> np.ndarray:

@@ -2,8 +2,7 @@
 
 import math
 import os
-import subprocess
-import sys
+import shutil
 
 import pytest
 import torch
@@ -12,16 +11,16 @@ from hypothesis import strategies as st
 from odd_models import YARN, random_model, small
 from torch.nn import functional as F
 
-from research.model.attention import expansion_pays
 from research.model.cache import Cache
 from research.model.experts import looped_experts
 from research.model.kernels import functions, native
 from research.model.layers import rotary_table, rotate
 from research.model.router import Routing
 from research.model.transformer import language_loss
-from research.presets import preset
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="no C compiler here: the plain forms are what runs, and they have their own tests")
+WITHOUT = os.environ.get("MOELAB_KERNELS") == "off" or not any(map(shutil.which, ("cc", "gcc", "clang")))
+# Where there is a compiler, kernels that do not compile are a failure and no reason to skip.
+pytestmark = pytest.mark.skipif(WITHOUT, reason="no C compiler here: the plain forms are what runs, and they have their own tests")
 
 
 @pytest.fixture(autouse=True)
@@ -367,16 +366,6 @@ def test_a_model_says_the_same_with_and_without(config, monkeypatch):
         assert float((gradient - fast_gradients[name]).norm()) <= 1e-4 * float(gradient.norm()), name
 
 
-@pytest.mark.parametrize("how", [{"MOELAB_KERNELS": "off"}, {"CC": "/no/such/compiler"}, {"PATH": "/nowhere"}])
-def test_without_a_compiler_the_plain_forms_run(how, tmp_path):
-    code = "from research.model.kernels import native; import torch; print(native.library() is None, native.usable(torch.ones(2)))"
-    environment = {**os.environ, "MOELAB_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1", **how}
-    environment |= {} if "CC" in how else {"CC": ""}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True", "False"]
-    assert ("plain PyTorch" in done.stderr) == ("MOELAB_KERNELS" not in how)
-
-
 def test_wider_narrower_and_threaded_work_is_left_to_torch():
     assert native.usable(torch.ones(2))
     assert not native.usable(torch.ones(2, dtype=torch.float64))
@@ -384,28 +373,3 @@ def test_wider_narrower_and_threaded_work_is_left_to_torch():
     assert not native.usable(torch.ones(2, device="meta"))
     torch.set_num_threads(2)
     assert not native.usable(torch.ones(2))
-
-
-@pytest.mark.parametrize(("given", "threads"), [({}, "1"), ({"OMP_NUM_THREADS": "2"}, "2")])
-def test_the_commands_take_one_thread_unless_told_otherwise(given, threads):
-    code = "import research.__main__ as door; door.app = lambda: print(__import__('torch').get_num_threads()); door.main()"
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | given
-    assert subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout.split() == [threads]
-
-
-def test_the_switch_between_the_forms_lies_where_the_multiplications_say():
-    """m S (2 C + R) H of the absorbed form against S (N + V) C H + m S (N + R + V) H of the expanded one."""
-    for name in ("deepseek-v2", "deepseek-v2-lite"):
-        a = preset(name).attention
-        assert 170 < expansion_pays(a) < 171
-    for name in ("deepseek-v2-micro", "deepseek-v2-mini", "deepseek-v2-small"):
-        assert expansion_pays(preset(name).attention) == math.inf
-    a = preset("deepseek-v2-nano").attention
-
-    def multiplications(m, absorbed):
-        c, n, r, v = a.kv_lora_rank, a.qk_nope_head_dim, a.qk_rope_head_dim, a.v_head_dim
-        return m * (2 * c + r) if absorbed else (n + v) * c + m * (n + r + v)
-
-    switch = expansion_pays(a)
-    assert multiplications(math.floor(switch) - 1, True) < multiplications(math.floor(switch) - 1, False)
-    assert multiplications(math.ceil(switch) + 1, True) > multiplications(math.ceil(switch) + 1, False)
