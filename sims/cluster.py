@@ -51,6 +51,12 @@ class Cluster:
     communication_sms: Figure
     sm_bytes_per_second: Figure
     """Bytes that one SM can copy."""
+    bf16_flops_per_second: Figure
+    """Peak, dense."""
+    fp8_flops_per_second: Figure | None = None
+    hbm_bytes: Figure
+    hbm_bytes_per_second: Figure
+    sms: Figure
 
 
 def cluster_names() -> list[str]:
