@@ -330,9 +330,9 @@ class TrainingConfig:
     `micro_batch_size` (2304 to 9216 in V2 section 3.1.2); None: `batch_size` throughout."""
     batch_ramp_tokens: int | None = None
     """Tokens over which it grows (225e9 of 8.1e12 in the paper)."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Of the products in training.  `bfloat16` is autocast: weights, optimizer state, gate, softmax and norms stay float32.
-    `auto` is bfloat16 on a GPU and float32 on a CPU."""
+    `auto` is bfloat16 on a GPU and float32 on a CPU.  `float64` keeps everything in it: to compare, not to train."""
     activation_checkpointing: Literal["none", "blocks"] = "none"
     """`blocks`: each block keeps its input alone and is computed again for the backward pass: a third more time, much less memory."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -28,6 +28,10 @@ class DiskFull(UserError):
     """A file could not be written for want of room; what stood at its place before stands there still."""
 
 
+class CollectiveFailed(UserError):
+    """The workers of one run could not speak to each other: one is gone, or does not answer within the time limit."""
+
+
 class OutOfMemory(UserError):
     """The device (or this machine) has not the memory that was asked for.
 

@@ -16,6 +16,7 @@ from research.evaluation.intervals import percentile_interval, resampled_sums
 from research.model.cache import Cache
 from research.model.loss import token_nats
 from research.model.transformer import Transformer
+from research.parallel.world import ALONE, World
 from research.training import records
 
 TEXTS_AT_LEAST = 10
@@ -42,7 +43,9 @@ class DomainScore:
 
 
 @torch.no_grad()
-def evaluate_domains(model: Transformer, data: PreparedData, config: DataConfig, max_tokens: int, bits: int | None = None) -> dict[str, DomainScore]:
+def evaluate_domains(
+    model: Transformer, data: PreparedData, config: DataConfig, max_tokens: int, bits: int | None = None, world: World = ALONE
+) -> dict[str, DomainScore]:
     """Score every domain; nothing is dropped, windows do not overlap, a window's first token is context only.
 
     bits: every token is predicted from keys and values read back from a cache of that width; None: no cache.  A window is
@@ -56,10 +59,12 @@ def evaluate_domains(model: Transformer, data: PreparedData, config: DataConfig,
         lengths, targets = [], []
         for window in heldout_batches(data, config, domain=domain, max_tokens=max_tokens):
             ids = torch.from_numpy(np.ascontiguousarray(window)).to(weight.device)
-            given = ids[:, :-1]
+            own = world.padded_share(ids)
+            given = own[:, :-1]
             cache = None if bits is None else Cache.allocate(model.config, *given.shape, dtype=weight.dtype, device=weight.device, bits=bits)
             hidden, _ = model.hidden(given, cache, documents=documents(data, config, given))
-            lengths.append(token_nats(hidden, weight, ids[:, 1:]).double().cpu().numpy() / math.log(2))
+            nats = world.gather(token_nats(hidden, weight, own[:, 1:]), "gathering the validation")[: len(ids)]
+            lengths.append(nats.double().cpu().numpy() / math.log(2))
             targets.append(window[:, 1:])
         scores[domain] = _score(np.concatenate(lengths), token_bytes[np.concatenate(targets)])
     return scores

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from research.config import BalanceConfig, MoEConfig
 from research.model.router import Routing
+from research.parallel.world import ALONE, World
 
 
 class BalanceLosses(NamedTuple):
@@ -25,13 +26,15 @@ class BalanceLosses(NamedTuple):
         return alphas.expert * self.expert + alphas.device * self.device + alphas.communication * self.communication
 
 
-def balance_losses(routing: Routing, config: MoEConfig, sequences: int) -> BalanceLosses:
+def balance_losses(routing: Routing, config: MoEConfig, sequences: int, world: World = ALONE) -> BalanceLosses:
     """Equations 23 to 31 for a batch of `sequences` equally long sequences whose tokens follow each other.
 
     With `balance.scope: batch` the whole batch is taken as one sequence: for K = 1 the loss of the Switch
     Transformer, and with `count_first_choice_only` GShard's.  Dropped assignments count: the losses act
     on what the gate asked for.  Without a device limit, M in the communication loss is D, the limit that
     restricts nothing.
+
+    With several workers the mean of their losses is the loss of all tokens: frequencies of a batch are taken over all of them.
     """
     experts, devices = config.n_routed_experts, config.expert_devices
     if config.balance.scope == "batch":
@@ -43,13 +46,16 @@ def balance_losses(routing: Routing, config: MoEConfig, sequences: int) -> Balan
     counts_BE = torch.zeros(sequences, experts, dtype=dtype, device=ids_BTK.device).scatter_add_(
         1, counted.flatten(1), torch.ones((), dtype=dtype, device=ids_BTK.device).expand(sequences, length * chosen)
     )
+    whole = config.balance.scope == "batch"
     f_BE = counts_BE * (experts / (chosen * length))
+    f_BE = world.mean(f_BE, "the balance loss") if whole else f_BE
     p_BE = routing.scores_ME.unflatten(0, (sequences, length)).mean(1)
     p_BG = p_BE.unflatten(1, (devices, -1)).sum(-1)
     f_device_BG = f_BE.unflatten(1, (devices, -1)).mean(-1)
     limit = config.device_limit if config.device_limit is not None else devices
     sent_BG = devices_reached(ids_BTK, config).sum(1)
     f_sent_BG = sent_BG * (devices / (limit * length))
+    f_sent_BG = world.mean(f_sent_BG, "the balance loss") if whole else f_sent_BG
     return BalanceLosses((f_BE * p_BE).sum(1).mean(), (f_device_BG * p_BG).sum(1).mean(), (f_sent_BG * p_BG).sum(1).mean())
 
 

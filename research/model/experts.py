@@ -31,20 +31,37 @@ class RoutedExperts(nn.Module):
         """sum over the kept choices of gate * expert(x): (M, D) -> (M, D)."""
         return grouped_experts(x_MD, routing, self.gate_up_proj, self.down_proj, self.activation)
 
+    def begin(self, x_MD: Tensor, routing: Routing) -> Callable[[], Tensor]:
+        """`forward` in two halves, as `research.parallel.exchange.ParallelExperts` has them; here all is done in the first."""
+        out = self(x_MD, routing)
+        return lambda: out
 
-def grouped_experts(x_MD: Tensor, routing: Routing, gate_up: Tensor, down: Tensor, activation: Callable[[Tensor], Tensor] = F.silu) -> Tensor:
+
+def grouped_experts(
+    x_MD: Tensor,
+    routing: Routing,
+    gate_up: Tensor,
+    down: Tensor,
+    activation: Callable[[Tensor], Tensor] = F.silu,
+    *,
+    assignments: int | None = None,
+) -> Tensor:
     """The fast form: assignments sorted by expert once, one grouped product per projection, without waiting for a GPU.
 
-    The gate is applied to the hidden activations, the narrowest place of the path.
+    The gate is applied to the hidden activations, the narrowest place of the path.  `assignments`: how many choices are kept, where
+    the caller knows it; the others then cost nothing on a GPU either.
     """
     gated = gate_up.shape[1] == 2 * down.shape[-1]
     if gated and activation is F.silu and native.usable(x_MD, routing.gates_MK, gate_up, down):
         return functions.routed_experts(x_MD, routing.gates_MK, routing.expert_ids_MK, routing.kept_MK, gate_up, down)
     experts, (tokens, chosen) = gate_up.shape[0], routing.expert_ids_MK.shape
-    expert, assignments = routing.expert_ids_MK.flatten(), tokens * chosen
-    if x_MD.device.type == "cpu":
-        expert = torch.where(routing.kept_MK.flatten(), expert, experts)
+    expert = routing.expert_ids_MK.flatten()
+    if assignments is None and x_MD.device.type == "cpu":
         assignments = int(routing.kept_MK.sum())  # elsewhere it would wait for the device: dropped ones are computed there, and weigh 0
+    if assignments is None:
+        assignments = tokens * chosen
+    else:
+        expert = torch.where(routing.kept_MK.flatten(), expert, experts)
     order = expert.argsort(stable=True)[:assignments]
     ends = torch.searchsorted(expert[order], torch.arange(experts, device=expert.device), right=True)
     rows = x_MD.index_select(0, order // chosen).to(_product_dtype(x_MD))

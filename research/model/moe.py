@@ -8,6 +8,7 @@ from research.config import ModelConfig
 from research.model.experts import RoutedExperts
 from research.model.layers import FeedForward, at_least_float32, autocast_on
 from research.model.router import Routing, drop, hash_table, route, route_by_hash
+from research.parallel.world import ALONE, World
 
 
 class Gate(nn.Module):
@@ -31,6 +32,7 @@ class MoE(nn.Module):
         super().__init__()
         assert config.moe is not None
         self.config = config.moe
+        self.world: World = ALONE
         hashed = self.config.selection == "hash"
         self.gate = None if hashed else Gate(config.hidden_size, self.config.n_routed_experts)
         self.register_buffer("table", hash_table(config.vocab_size, self.config, layer) if hashed else None, persistent=False)
@@ -50,10 +52,11 @@ class MoE(nn.Module):
             assert isinstance(self.table, Tensor)
             routing = route_by_hash(ids.flatten(), self.table, self.config, at_least_float32(flat).dtype)
         else:
-            routing = route(self.gate(flat), self.config, chance)
+            routing = route(self.gate(flat), self.config, chance, self.world)
         if protected_B is not None:
-            routing = drop(routing, self.config, protected_B.repeat_interleave(x.shape[1]))
-        out = self.experts(flat, routing).view_as(x)
-        if self.shared_experts is not None:
-            out = out + self.shared_experts(x)
-        return out, routing
+            routing = drop(routing, self.config, protected_B.repeat_interleave(x.shape[1]), self.world)
+        routed = self.experts.begin(flat, routing)  # with several workers: the tokens travel meanwhile
+        if self.shared_experts is None:
+            return routed().view_as(x), routing
+        shared = self.shared_experts(x)
+        return routed().view_as(x) + shared, routing

@@ -10,6 +10,7 @@ from torch import Tensor
 from research.config import MoEConfig
 from research.model.kernels import functions, native
 from research.model.layers import at_least_float32
+from research.parallel.world import ALONE, World
 
 
 class Routing(NamedTuple):
@@ -44,7 +45,7 @@ def choose(scores_ME: Tensor, config: MoEConfig) -> Tensor:
     return scores_ME.topk(config.num_experts_per_tok, -1).indices
 
 
-def route(logits_ME: Tensor, config: MoEConfig, chance: torch.Generator | None = None) -> Routing:
+def route(logits_ME: Tensor, config: MoEConfig, chance: torch.Generator | None = None, world: World = ALONE) -> Routing:
     """The gate (V2 equations 21 and 22), in float32 at least; weights sum to 1 only with `norm_topk_prob`.
 
     With `chance` (training) and `second_expert: by_chance`, a token's second expert is kept with probability
@@ -57,7 +58,7 @@ def route(logits_ME: Tensor, config: MoEConfig, chance: torch.Generator | None =
         gates = gates / gates.sum(-1, keepdim=True)
     kept = torch.ones_like(ids, dtype=torch.bool)
     if config.second_expert == "by_chance" and chance is not None:
-        kept[:, 1] = torch.rand(len(ids), generator=chance, device=ids.device) < 2 * gates[:, 1].detach()
+        kept[:, 1] = world.draw(len(ids), chance, ids.device) < 2 * gates[:, 1].detach()
         gates = gates * kept
     return Routing(ids, gates * config.routed_scaling_factor, scores, kept)
 
@@ -81,50 +82,57 @@ def _capacity(factor: float, assignments: int, places: int) -> int:
     return math.ceil(Fraction(str(factor)) * assignments / places)
 
 
-def drop(routing: Routing, config: MoEConfig, protected_M: Tensor) -> Routing:
-    """What training drops under `capacity_of`; nothing without a capacity factor."""
+def drop(routing: Routing, config: MoEConfig, protected_M: Tensor, world: World = ALONE) -> Routing:
+    """What training drops under `capacity_of`; nothing without a capacity factor.
+
+    Capacities are those of the tokens of all workers, so that each of them drops what one worker with all tokens would.
+    """
     if config.capacity_factor is None:
         return routing
-    return drop_over_capacity(routing, config, protected_M) if config.capacity_of == "device" else drop_latecomers(routing, config)
+    ids = world.gather(routing.expert_ids_MK)
+    if config.capacity_of == "device":
+        affinity = world.gather(routing.scores_ME.detach().gather(-1, routing.expert_ids_MK))
+        kept = within_budget(ids, affinity, world.gather(protected_M), config)
+    else:
+        kept = first_come(ids, world.gather(routing.kept_MK), config)
+    kept = world.share(kept)
+    return routing._replace(gates_MK=routing.gates_MK * kept, kept_MK=kept)
 
 
-def drop_latecomers(routing: Routing, config: MoEConfig) -> Routing:
-    """Expert capacity as in Switch and GShard: each expert takes its first assignments up to capacity_factor M K / E.
+def first_come(ids_MK: Tensor, kept_MK: Tensor, config: MoEConfig) -> Tensor:
+    """Expert capacity as in Switch and GShard, bool (M, K): each expert takes its first assignments up to capacity_factor M K / E.
 
     All first choices come before all second ones, each in the order of the tokens; assignments that
-    chance has dropped already take no place.
+    chance has dropped already (`kept_MK` false) take no place.
     """
     assert config.capacity_factor is not None
-    tokens, chosen = routing.expert_ids_MK.shape
+    tokens, chosen = ids_MK.shape
     capacity = _capacity(config.capacity_factor, tokens * chosen, config.n_routed_experts)
-    expert = torch.where(routing.kept_MK, routing.expert_ids_MK, config.n_routed_experts).T.flatten()
+    expert = torch.where(kept_MK, ids_MK, config.n_routed_experts).T.flatten()
     order = expert.argsort(stable=True)
     load = torch.bincount(expert, minlength=config.n_routed_experts + 1)
     start = load.cumsum(0) - load
     rank = torch.empty_like(order)
     rank[order] = torch.arange(order.numel(), device=order.device) - start[expert[order]]
-    kept = routing.kept_MK & (rank < capacity).view(chosen, tokens).T
-    return routing._replace(gates_MK=routing.gates_MK * kept, kept_MK=kept)
+    return kept_MK & (rank < capacity).view(chosen, tokens).T
 
 
-def drop_over_capacity(routing: Routing, config: MoEConfig, protected_M: Tensor) -> Routing:
-    """Device-level token dropping (V2 section 2.2.4).
+def within_budget(ids_MK: Tensor, affinity_MK: Tensor, protected_M: Tensor, config: MoEConfig) -> Tensor:
+    """Device-level token dropping (V2 section 2.2.4): bool (M, K), which assignments stay.
 
     A device's budget is capacity_factor times the average load, in (token, expert) assignments.  Where
     more arrive, those of lowest affinity are dropped until the budget is met.  Tokens of protected
     sequences (`protected_M` true) are never dropped, though they take their share of the budget.
     """
     assert config.capacity_factor is not None
-    tokens, chosen = routing.expert_ids_MK.shape
+    tokens, chosen = ids_MK.shape
     budget = _capacity(config.capacity_factor, tokens * chosen, config.expert_devices)
-    device = (routing.expert_ids_MK // config.experts_per_device).flatten()
-    affinity = routing.scores_ME.detach().gather(-1, routing.expert_ids_MK)
-    affinity = affinity.masked_fill(protected_M[:, None], math.inf).flatten()
+    device = (ids_MK // config.experts_per_device).flatten()
+    affinity = affinity_MK.masked_fill(protected_M[:, None], math.inf).flatten()
     by_affinity = affinity.argsort(descending=True, stable=True)
     order = by_affinity[device[by_affinity].argsort(stable=True)]
     load = torch.bincount(device, minlength=config.expert_devices)
     start = load.cumsum(0) - load
     rank = torch.empty_like(order)
     rank[order] = torch.arange(order.numel(), device=order.device) - start[device[order]]
-    kept = (rank < budget).view(tokens, chosen) | protected_M[:, None]
-    return routing._replace(gates_MK=routing.gates_MK * kept, kept_MK=kept)
+    return (rank < budget).view(tokens, chosen) | protected_M[:, None]

@@ -26,6 +26,8 @@ from research.atomic import room_for, sync
 from research.config import RunConfig, config_id, differences, to_dict
 from research.errors import CheckpointError
 from research.model.transformer import Transformer
+from research.parallel.sharding import ShardedAdamW, join_experts, own_experts
+from research.parallel.world import ALONE, World
 from research.training.health import Health
 
 FORMAT = 2
@@ -52,15 +54,28 @@ class Resumed:
         return True
 
 
-def save(directory: Path, model: Transformer, optimizer: torch.optim.AdamW, config: RunConfig, state: Resumed, *, is_best: bool = False) -> None:
+def save(
+    directory: Path,
+    model: Transformer,
+    optimizer: torch.optim.AdamW,
+    config: RunConfig,
+    state: Resumed,
+    *,
+    is_best: bool = False,
+    world: World = ALONE,
+) -> None:
     """Write `directory`, whole or not at all, and keep of those before it, and of the best, what the configuration says.
 
-    DiskFull if there is no room for it: the half that was written is removed, the checkpoints that there are stay.
+    DiskFull if there is no room for it: the half that was written is removed, the checkpoints that there are stay.  With several
+    workers all have to call it and rank 0 writes: the same files, whatever their number.
     """
+    weights, moments = _whole_weights(model, world), _optimizer_tensors(model, optimizer)
+    if world.rank > 0:
+        return
     new, old = directory.with_name(directory.name + ".new"), directory.with_name(directory.name + ".old")
     try:
         with room_for(directory, f"the checkpoint of step {state.step}"):
-            _write(new, model, optimizer, config, state)
+            _write(new, weights, moments, config, state)
             if is_best:
                 _link(new, directory.with_name(directory.name + "s") / "best")
     except BaseException:
@@ -83,11 +98,11 @@ def tidy(directory: Path, keep: int) -> None:
         old.rename(directory)
 
 
-def _write(folder: Path, model: Transformer, optimizer: torch.optim.AdamW, config: RunConfig, state: Resumed) -> None:
+def _write(folder: Path, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], config: RunConfig, state: Resumed) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    save_weights(model, folder / "model.safetensors")
-    save_file(_optimizer_tensors(model, optimizer), folder / "optimizer.safetensors")
+    save_file(weights, folder / "model.safetensors")
+    save_file(moments, folder / "optimizer.safetensors")
     save_arrays({str(step): ids for step, ids in state.snapshots.items()}, folder / "snapshots.safetensors")
     about = {
         "format": FORMAT,
@@ -149,11 +164,19 @@ def _step(folder: Path) -> int | None:
 
 
 def save_weights(model: Transformer, file: Path) -> None:
-    """The model's tensors under its own names.  A tied head is written as a copy: the format holds no tensor under two names."""
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    """The model's tensors under its own names."""
+    save_file(_whole_weights(model, ALONE), file)
+
+
+def _whole_weights(model: Transformer, world: World) -> dict[str, torch.Tensor]:
+    """Of all experts; a tied head is a copy: the format holds no tensor under two names."""
+    weights = {name: tensor.contiguous() for name, tensor in join_experts(model.state_dict(), model, world).items()}
+    if world.size > 1:
+        # Parameters are views of one buffer there, which the format would take for shared memory.
+        weights = {name: tensor.clone() for name, tensor in weights.items()} if world.rank == 0 else weights
     if model.config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["lm_head.weight"].clone()
-    save_file(weights, file)
+    return weights
 
 
 def load(directory: Path, model: Transformer, optimizer: torch.optim.AdamW, config: RunConfig) -> Resumed | None:
@@ -171,15 +194,13 @@ def load(directory: Path, model: Transformer, optimizer: torch.optim.AdamW, conf
     folder = directory
     try:
         device = model.lm_head.weight.device
-        model.load_state_dict(load_file(folder / "model.safetensors", device=str(device)))
+        model.load_state_dict(own_experts(load_file(folder / "model.safetensors", device=str(device)), model))
         tensors = load_file(folder / "optimizer.safetensors", device=str(device))
         snapshots = {int(step): ids for step, ids in load_arrays(folder / "snapshots.safetensors").items()}
-        for name, parameter in model.named_parameters():
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(about["step"]), device=device if device.type == "cuda" else "cpu"),
-                "exp_avg": tensors[f"{name}.exp_avg"],
-                "exp_avg_sq": tensors[f"{name}.exp_avg_sq"],
-            }
+        if isinstance(optimizer, ShardedAdamW):
+            optimizer.take({p: name for name, p in model.named_parameters()}, tensors, model, about["step"])
+        else:
+            _take_moments(model, optimizer, tensors, about["step"])
         return Resumed(
             step=about["step"],
             seconds=about["seconds"],
@@ -230,7 +251,19 @@ def _whole(directory: Path) -> Path | None:
     return next((d for d in (directory, old) if (d / "state.json").exists()), None)
 
 
+def _take_moments(model: Transformer, optimizer: torch.optim.AdamW, tensors: dict[str, torch.Tensor], step: int) -> None:
+    for name, parameter in model.named_parameters():
+        optimizer.state[parameter] = {
+            "step": torch.tensor(float(step), device=parameter.device if parameter.is_cuda else "cpu"),
+            "exp_avg": tensors[f"{name}.exp_avg"],
+            "exp_avg_sq": tensors[f"{name}.exp_avg_sq"],
+        }
+
+
 def _optimizer_tensors(model: Transformer, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
+    if isinstance(optimizer, ShardedAdamW):
+        moments = optimizer.moments({p: name for name, p in model.named_parameters()}, model)
+        return {name: tensor.clone() for name, tensor in moments.items()} if optimizer.world.rank == 0 else {}
     return {
         f"{name}.{key}": optimizer.state[parameter][key]
         for name, parameter in model.named_parameters()

@@ -26,12 +26,16 @@ from research.model.balance import BalanceLosses, balance_losses
 from research.model.loss import chunked_language_loss
 from research.model.router import Routing
 from research.model.transformer import Transformer
+from research.parallel.exchange import spread_experts
+from research.parallel.sharding import ShardedAdamW
+from research.parallel.traffic import TrafficFile
+from research.parallel.world import ALONE, World
 from research.routing_trace import RoutingTrace
 from research.training import checkpoint, records
 from research.training.allocator import keep_freed_memory
 from research.training.checkpoint import Resumed
 from research.training.health import Diverged, Health, add_loads, expert_loads, naming_out_of_memory
-from research.training.optimizer import build_optimizer, set_learning_rate
+from research.training.optimizer import build_optimizer, clip_gradient, gradient_norm, set_learning_rate
 from research.training.records import Meter, Record, Recorder
 from research.training.statistics import routing_metrics
 from research.training.trace import routing_trace, snapshot
@@ -62,8 +66,12 @@ def train(
     *,
     device: str = "auto",
     announce: Callable[[str], None] = lambda line: None,
+    world: World = ALONE,
 ) -> TrainingResult:
     """Train to the end, to a stop, or to divergence; goes on from `directory`/checkpoint if there is one.
+
+    With several workers each calls this with its `world` and the same `directory`, and all get the same result.  Rank 0 alone
+    writes, records and is asked whether to stop.
 
     Raises CheckpointError if that is of another configuration, DataError if the corpus cannot be had, OutOfMemory and
     DiskFull with what is missing; the checkpoint before stands in each case, and when the run diverges.
@@ -71,34 +79,34 @@ def train(
     keep_freed_memory()
     torch.set_flush_denormal(True)  # peaked attention makes denormals, which are several times slower on a CPU
     place, training, folder = choose_device(device), config.training, directory / "checkpoint"
+    world.check(config)
     data = prepare(config.data, announce)
     with naming_out_of_memory(place, "when the model was built"):
-        model = Transformer(config.model).to(place).initialise(config.seed)
-        optimizer = build_optimizer(model, training.optimizer)
-        at = checkpoint.load(folder, model, optimizer, config) or Resumed(step=0, seconds=0.0, metrics={}, snapshots={})
-    if at.step:
-        announce(f"resumed after step {at.step} of {config.steps}")
+        model = Transformer(config.model).to(place, _master_dtype(config)).initialise(config.seed)
+        spread_experts(model, world)
+        optimizer = build_optimizer(model, training.optimizer, world)
+        at = _resumed(folder, model, optimizer, config, announce)
     state: State = "finished"
     reason = None
     meter = Meter(at.seconds, config.schedule.tokens(at.step))
     for step, ids in Prefetcher(_make_batch(data, config, place), range(at.step + 1, config.steps + 1), place):
         rate = set_learning_rate(optimizer, config, step)
-        last = step == config.steps
+        world.step, last = step, step == config.steps
         validated = last or step % training.validate_every == 0
         recorded = validated or step % training.record_every == 0
         try:
             with naming_out_of_memory(place, f"in step {step}"):
-                found, loads = _optimizer_step(model, optimizer, config, data, step, ids, at.health, routing=recorded)
+                found, loads = _optimizer_step(model, optimizer, config, data, step, ids, at.health, routing=recorded, world=world)
         except Diverged as error:
             state, reason = "diverged", str(error)
             break
         at.step, stop, best = step, False, False
         with meter.paused():
             if last or step % training.trace_every == 0:
-                at.snapshots[step] = snapshot(model, config, data)
+                at.snapshots[step] = snapshot(model, config, data, world)
             if validated:
                 with naming_out_of_memory(place, f"in the validation after step {step}"):
-                    found |= _validate(model, config, data)
+                    found |= _validate(model, config, data, world)
                 best = at.is_best(found[records.BITS_PER_BYTE]) and training.keep_best
             if recorded:
                 tokens = config.schedule.tokens(step)
@@ -106,15 +114,15 @@ def train(
                 found |= _dead_experts(at.health, loads, step, announce)
                 at.metrics |= found
                 record = Record(step=step, tokens=tokens, metrics=found)
-                recorder.record(record)
-                stop = should_stop(record) and not last
+                _write_down(world, recorder, record, directory)
+                stop = world.agree(world.rank == 0 and should_stop(record)) and not last
             if stop or last or best or step % training.checkpoint_every == 0:
                 at.seconds = meter.seconds
-                checkpoint.save(folder, model, optimizer, config, at, is_best=best)
+                checkpoint.save(folder, model, optimizer, config, at, is_best=best, world=world)
         if stop:
             state, reason = "stopped", f"asked to stop at step {step}"
             break
-    trace = routing_trace(model, config, data, at.snapshots) if state == "finished" and config.model.moe_layers else None
+    trace = routing_trace(model, config, data, at.snapshots, world) if state == "finished" and config.model.moe_layers else None
     if state == "finished":
         at.metrics |= _yardstick(data, config, at.step, announce)
     return TrainingResult(
@@ -127,6 +135,13 @@ def train(
         trace=trace,
         warnings=tuple(at.health.warnings),
     )
+
+
+def _resumed(folder: Path, model: Transformer, optimizer: torch.optim.AdamW, config: RunConfig, announce: Callable[[str], None]) -> Resumed:
+    at = checkpoint.load(folder, model, optimizer, config) or Resumed(step=0, seconds=0.0, metrics={}, snapshots={})
+    if at.step:
+        announce(f"resumed after step {at.step} of {config.steps}")
+    return at
 
 
 def _make_batch(data: PreparedData, config: RunConfig, place: torch.device) -> Callable[[int], np.ndarray]:
@@ -148,7 +163,16 @@ def closed_forms(config: RunConfig) -> dict[str, float]:
 
 
 def _optimizer_step(
-    model: Transformer, optimizer: torch.optim.AdamW, config: RunConfig, data: PreparedData, step: int, ids: Tensor, health: Health, *, routing: bool
+    model: Transformer,
+    optimizer: torch.optim.AdamW,
+    config: RunConfig,
+    data: PreparedData,
+    step: int,
+    ids: Tensor,
+    health: Health,
+    *,
+    routing: bool,
+    world: World = ALONE,
 ) -> tuple[dict[str, float], dict[int, list[int]]]:
     """One step over the global batch `ids`, in micro-batches; their mean loss and, with `routing`, their mean statistics and the
     tokens of each expert by layer come back.  Diverged, with weights as they were, if the step is not worth taking."""
@@ -160,7 +184,9 @@ def _optimizer_step(
     parts: list[dict[str, float]] = []
     loads: dict[int, list[int]] = {}
     optimizer.zero_grad(set_to_none=True)
-    for rows, spared in zip(ids.split(size), protected.split(size), strict=True):
+    for rows, spared in zip(map(world.share, ids.split(size)), map(world.share, protected.split(size)), strict=True):
+        if isinstance(optimizer, ShardedAdamW) and len(parts) + 1 == batch_size // size:
+            optimizer.last_pass()
         with torch.autocast(place.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
             hidden, routings = model.hidden(
                 rows[:, :-1],
@@ -170,32 +196,56 @@ def _optimizer_step(
                 checkpointed=training.activation_checkpointing == "blocks",
             )
             language = chunked_language_loss(hidden, model.lm_head.weight, rows[:, 1:])
-        balance = _balance(routings, config, rows.shape[0])
+        balance = _balance(routings, config, rows.shape[0], world)
         loss = language
         if moe is not None:
             for losses in balance.values():
                 loss = loss + losses.weighted(moe.balance)
-        (loss * (size / batch_size)).backward()
+        (loss * (size / batch_size / world.size)).backward()
         statistics = {}
         if routing and moe is not None and balance:
-            statistics = routing_metrics(routings, balance, moe)
-            loads = add_loads(loads, expert_loads(routings))
+            everyones = {layer: _of_all(world, found) for layer, found in routings.items()}
+            statistics = routing_metrics(everyones, balance, moe)
+            loads = add_loads(loads, expert_loads(everyones))
         parts.append({records.LOSS: float(language.detach()), **statistics})
-    found = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
+    found = world.mean_of({name: sum(part[name] for part in parts) / len(parts) for name in parts[0]})
     # The norm comes first and the clipping after the check: clipping by a norm that is not finite spoils every layer's gradient.
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    norm = gradient_norm(model, optimizer)
     found[records.GRADIENT_NORM] = float(norm)
     health.check_step(model, step, found[records.LOSS], found[records.GRADIENT_NORM], config.model.vocab_size)
-    torch.nn.utils.clip_grads_with_norm_(model.parameters(), training.optimizer.gradient_clip, norm)
+    clip_gradient(model, optimizer, training.optimizer.gradient_clip, norm)
     optimizer.step()
     return found, loads
 
 
 def _precision(config: RunConfig, place: torch.device) -> torch.dtype:
     """In which the products of a training step are; master weights, gate, softmax, norms and the loss are float32 in any case."""
+    if config.training.precision == "float64":
+        return torch.float64
     if config.training.precision == "auto":
         return torch.bfloat16 if place.type == "cuda" else torch.float32
     return torch.bfloat16 if config.training.precision == "bfloat16" else torch.float32
+
+
+def _master_dtype(config: RunConfig) -> torch.dtype:
+    return torch.float64 if config.training.precision == "float64" else torch.float32
+
+
+def _of_all(world: World, routing: Routing) -> Routing:
+    """The choices of all workers' tokens; affinities and gates are left to each."""
+    if world.size == 1:
+        return routing
+    return routing._replace(expert_ids_MK=world.gather(routing.expert_ids_MK), kept_MK=world.gather(routing.kept_MK))
+
+
+def _write_down(world: World, recorder: Recorder, record: Record, directory: Path) -> None:
+    """By rank 0: the record, and the bytes that all workers have sent since the last one."""
+    if world.rank == 0:
+        recorder.record(record)
+    if world.size > 1:
+        ledgers = world.gather_objects(world.ledger.take())
+        if world.rank == 0:
+            TrafficFile(directory / "traffic.jsonl").append(ledgers)
 
 
 def _dead_experts(health: Health, loads: Mapping[int, list[int]], step: int, announce: Callable[[str], None]) -> dict[str, float]:
@@ -207,11 +257,11 @@ def _dead_experts(health: Health, loads: Mapping[int, list[int]], step: int, ann
     return {records.DEAD_EXPERTS: float(dead)}
 
 
-def _balance(routings: Mapping[int, Routing], config: RunConfig, sequences: int) -> dict[int, BalanceLosses]:
+def _balance(routings: Mapping[int, Routing], config: RunConfig, sequences: int, world: World) -> dict[int, BalanceLosses]:
     """The paper does not print how layers are summed; as in the released code, every layer adds its own loss."""
     if config.model.moe is None:
         return {}
-    return {layer: balance_losses(routing, config.model.moe, sequences) for layer, routing in routings.items()}
+    return {layer: balance_losses(routing, config.model.moe, sequences, world) for layer, routing in routings.items()}
 
 
 def _protected(config: RunConfig, step: int, batch_size: int) -> Tensor:
@@ -221,8 +271,8 @@ def _protected(config: RunConfig, step: int, batch_size: int) -> Tensor:
     return torch.from_numpy(draws < share)
 
 
-def _validate(model: Transformer, config: RunConfig, data: PreparedData) -> dict[str, float]:
-    return score_metrics(evaluate_domains(model, data, config.data, config.training.validation_tokens))
+def _validate(model: Transformer, config: RunConfig, data: PreparedData, world: World) -> dict[str, float]:
+    return score_metrics(evaluate_domains(model, data, config.data, config.training.validation_tokens, world=world))
 
 
 def _yardstick(data: PreparedData, config: RunConfig, steps: int, announce: Callable[[str], None]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from research.config import BalanceConfig, MoEConfig
 from research.model.balance import balance_losses
 from research.model.experts import grouped_experts, looped_experts
-from research.model.router import choose, drop_over_capacity, route
+from research.model.router import choose, drop, route
 from research.routing_trace import select_experts
 
 
@@ -119,7 +119,7 @@ def test_dropping_takes_the_lowest_affinities_of_each_overfull_device(case, bits
     config, logits = case
     routing = route(logits, config)
     protected = torch.tensor([bool(bits >> i & 1) for i in range(len(logits))])
-    dropped = drop_over_capacity(routing, config, protected)
+    dropped = drop(routing, config, protected)
     affinity = routing.scores_ME.gather(-1, routing.expert_ids_MK).numpy()
     np.testing.assert_array_equal(dropped.kept_MK.numpy(), literal_drop(routing.expert_ids_MK.numpy(), affinity, config, protected.tolist()))
     assert (dropped.gates_MK[~dropped.kept_MK] == 0).all()
@@ -128,7 +128,7 @@ def test_dropping_takes_the_lowest_affinities_of_each_overfull_device(case, bits
 
 @settings(max_examples=30, deadline=None)
 @given(routings(), st.integers(1, 9), st.booleans(), st.booleans())
-def test_grouped_experts_equal_the_loop_in_outputs_and_gradients(case, width, drop, one_takes_all):
+def test_grouped_experts_equal_the_loop_in_outputs_and_gradients(case, width, dropping, one_takes_all):
     config, logits = case
     if one_takes_all:
         logits = logits + torch.nn.functional.one_hot(torch.tensor(0), logits.shape[1]) * 50
@@ -140,8 +140,8 @@ def test_grouped_experts_equal_the_loop_in_outputs_and_gradients(case, width, dr
     for form in (grouped_experts, looped_experts):
         leaves = [t.clone().requires_grad_() for t in (logits.double(), x, *weights)]
         routing = route(leaves[0], config)
-        if drop:
-            routing = drop_over_capacity(routing, config, torch.zeros(len(logits), dtype=torch.bool))
+        if dropping:
+            routing = drop(routing, config, torch.zeros(len(logits), dtype=torch.bool))
         out = form(leaves[1], routing, leaves[2], leaves[3])
         results.append((out, *torch.autograd.grad((out * upstream).sum(), leaves, allow_unused=True, materialize_grads=True)))
     for fast, slow in zip(*results, strict=True):

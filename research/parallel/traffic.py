@@ -1,0 +1,75 @@
+"""The bytes that moved: counted where they are handed to a collective, per source, destination, layer and step."""
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from research.atomic import room_for
+from research.errors import DataError
+
+DISPATCH, COMBINE = "dispatch", "combine"
+DISPATCH_BACKWARD, COMBINE_BACKWARD = "dispatch backward", "combine backward"
+"""The way back of each: gradients of what was dispatched go where combine went, those of what was combined where dispatch went."""
+PAYLOAD = (DISPATCH, COMBINE, DISPATCH_BACKWARD, COMBINE_BACKWARD)
+METADATA = "metadata"
+"""Counts, chosen experts and gates, which travel beside the tokens."""
+METADATA_BACKWARD = "metadata backward"
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Bytes that this worker sent to each of the `workers` of its replica, own ones included, by (step, layer, phase)."""
+
+    workers: int = 1
+    sent: dict[tuple[int, int, str], np.ndarray] = field(default_factory=dict)
+
+    def add(self, step: int, layer: int, phase: str, counts: Sequence[int]) -> None:
+        """`counts` bytes to each worker."""
+        row = np.asarray(counts, np.int64)
+        before = self.sent.get((step, layer, phase))
+        self.sent[step, layer, phase] = row if before is None else before + row
+
+    def take(self) -> dict[tuple[int, int, str], np.ndarray]:
+        """What has been counted since the last time."""
+        taken, self.sent = self.sent, {}
+        return taken
+
+
+class TrafficFile:
+    """traffic.jsonl: a line per step, layer and phase with the bytes of every worker to every worker of its replica.
+
+    A resumed run repeats steps that stand there already; the last line of a step counts, and they are equal.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, rows: Iterable[dict[tuple[int, int, str], np.ndarray]]) -> None:
+        """One ledger per rank, in the order of the ranks."""
+        joined: dict[tuple[int, int, str], list[list[int]]] = defaultdict(list)
+        for ledger in rows:
+            for key, row in ledger.items():
+                joined[key].append(row.tolist())
+        lines = [json.dumps({"step": s, "layer": layer, "phase": phase, "bytes": matrix}) for (s, layer, phase), matrix in sorted(joined.items())]
+        with room_for(self.path, "the bytes that moved"), self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(line + "\n" for line in lines))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_traffic(path: Path) -> dict[tuple[int, int, str], np.ndarray]:
+    """int64 (ranks, P) by (step, layer, phase).  DataError for a line that is none; a last one cut short by a crash is left out."""
+    found = {}
+    text = path.read_text(encoding="utf-8")
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
+        try:
+            row = json.loads(line)
+            found[int(row["step"]), int(row["layer"]), str(row["phase"])] = np.array(row["bytes"], np.int64)
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}:{number}: is not a line of traffic ({error})") from error
+    return found
