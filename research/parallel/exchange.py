@@ -128,21 +128,25 @@ class ParallelExperts(nn.Module):
     def begin(self, x_MD: Tensor, routing: Routing) -> Callable[[], Tensor]:
         """Sends the tokens off; the function that comes back waits for them, computes, and returns what `RoutedExperts` would, (M, D)."""
         there = plan(routing, self.world, self.per_worker, self.layer)
-        tokens = self._transfer(traffic.DISPATCH, traffic.DISPATCH_BACKWARD, there.send, there.receive)
-        gates = self._transfer(traffic.METADATA, traffic.METADATA_BACKWARD, there.send, there.receive)
+        if self.world.ledger.witness and torch.is_grad_enabled():
+            ids = torch.where(routing.kept_MK, routing.expert_ids_MK, -1)
+            self.world.ledger.route(self.world.step, self.layer, ids.cpu().numpy())
+        kind = "" if torch.is_grad_enabled() else traffic.EVALUATION
+        tokens = self._transfer(traffic.DISPATCH + kind, traffic.DISPATCH_BACKWARD, there.send, there.receive)
+        gates = self._transfer(traffic.METADATA + kind, traffic.METADATA_BACKWARD, there.send, there.receive)
         here_SK = (routing.expert_ids_MK // self.per_worker)[there.token_S] == there.to_S[:, None]
         here_SK &= routing.kept_MK[there.token_S]
         ids_SK = torch.where(here_SK, routing.expert_ids_MK[there.token_S] - there.to_S[:, None] * self.per_worker, -1)
         sent_gates = routing.gates_MK.index_select(0, there.token_S) * here_SK
-        ids, ids_handle = gates.start(ids_SK.to(torch.int32), traffic.METADATA, there.send, there.receive)
+        ids, ids_handle = gates.start(ids_SK.to(torch.int32), gates.phase, there.send, there.receive)
         gates_R = _Begin.apply(sent_gates, gates)
         rows_R = _Begin.apply(x_MD.index_select(0, there.token_S), tokens)
 
         def finish() -> Tensor:
-            gates.wait(ids_handle, traffic.METADATA)
+            gates.wait(ids_handle, gates.phase)
             weights, rows = _End.apply(gates_R, gates), _End.apply(rows_R, tokens)
             out = self._compute(rows, ids, weights)
-            back = self._transfer(traffic.COMBINE, traffic.COMBINE_BACKWARD, there.receive, there.send)
+            back = self._transfer(traffic.COMBINE + kind, traffic.COMBINE_BACKWARD, there.receive, there.send)
             returned = _End.apply(_Begin.apply(out, back), back)
             slots = min(routing.expert_ids_MK.shape[1], self.world.expert_parallel)
             parts = returned.new_zeros(len(x_MD) * slots, x_MD.shape[1])

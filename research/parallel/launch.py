@@ -8,14 +8,27 @@ import multiprocessing
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from multiprocessing.synchronize import Event
+from typing import Any, NamedTuple
 
 import torch
 
 from research.errors import CollectiveFailed, UserError
 from research.parallel.world import World, join, leave
+
+TURN_SECONDS = 0.2
+FIRST_CAUSE_SECONDS = 2.0
+
+
+class Parent(NamedTuple):
+    """What a worker has of the process that started it."""
+
+    tell: Callable[[Any], None]
+    """Says something picklable to `listen`."""
+    stop_asked: Callable[[], bool]
 
 
 def run_workers(
@@ -26,20 +39,23 @@ def run_workers(
     expert_parallel: int | None = None,
     timeout_seconds: float = 600.0,
     started: Callable[[list[int]], None] = lambda pids: None,
+    listen: Callable[[Any], None] = lambda said: None,
+    stop_asked: Callable[[], bool] = lambda: False,
 ) -> list[Any]:
-    """`work(world, *arguments)` in `workers` new processes; what each returned, by rank.
+    """`work(world, parent, *arguments)` in `workers` new processes; what each returned, by rank.  See `Parent` for the last two.
 
     When one of them fails, the others are ended within seconds and its error is raised here (of several, one that is not about a
     collective, which is how the neighbours of the first see it); CollectiveFailed if one was killed.  `started` gets their process ids.
     """
     context = multiprocessing.get_context("spawn")
+    asked = context.Event()
     address = f"127.0.0.1:{free_port()}"
     pipes: list[Connection] = []
     processes = []
     for rank in range(workers):
         ours, theirs = context.Pipe(duplex=False)
         how = (rank, workers, address, expert_parallel, timeout_seconds)
-        process = context.Process(target=_worker, args=(theirs, how, work, arguments), daemon=True, name=f"worker-{rank}")
+        process = context.Process(target=_worker, args=(theirs, asked, how, work, arguments), daemon=True, name=f"worker-{rank}")
         process.start()
         theirs.close()
         pipes.append(ours)
@@ -50,11 +66,13 @@ def run_workers(
     try:
         waiting = dict(zip(pipes, range(workers), strict=True))
         while waiting and not errors:
-            _collect(waiting, found, errors, None)
+            _collect(waiting, found, errors, listen, TURN_SECONDS)
+            if stop_asked():
+                asked.set()
         # A neighbour's collective fails because of the first error: the first one may be yet to come.
-        while waiting and all(isinstance(error, CollectiveFailed) for error in errors.values()):
-            if not _collect(waiting, found, errors, 2.0):
-                break
+        until = time.monotonic() + FIRST_CAUSE_SECONDS
+        while waiting and time.monotonic() < until and all(isinstance(error, CollectiveFailed) for error in errors.values()):
+            _collect(waiting, found, errors, listen, TURN_SECONDS)
     finally:
         for process in processes:
             if errors or not found:
@@ -65,20 +83,24 @@ def run_workers(
     return [found[rank] for rank in range(workers)]
 
 
-def _collect(waiting: dict[Connection, int], found: dict[int, Any], errors: dict[int, BaseException], seconds: float | None) -> bool:
-    ready = wait(list(waiting), seconds)
-    for pipe in ready:
+def _collect(
+    waiting: dict[Connection, int], found: dict[int, Any], errors: dict[int, BaseException], listen: Callable[[Any], None], seconds: float
+) -> None:
+    for pipe in wait(list(waiting), seconds):
         assert isinstance(pipe, Connection)
-        rank = waiting.pop(pipe)
         try:
             kind, value = pipe.recv()
         except EOFError:
-            kind, value = "error", CollectiveFailed(f"rank {rank} was killed")
-        (found if kind == "result" else errors)[rank] = value
-    return bool(ready)
+            kind, value = "error", CollectiveFailed(f"rank {waiting[pipe]} was killed")
+        if kind == "said":
+            listen(value)
+        else:
+            (found if kind == "result" else errors)[waiting.pop(pipe)] = value
 
 
-def _worker(pipe: Connection, how: tuple[int, int, str, int | None, float], work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _worker(
+    pipe: Connection, asked: Event, how: tuple[int, int, str, int | None, float], work: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     rank, workers, address, parts, seconds = how
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -87,7 +109,8 @@ def _worker(pipe: Connection, how: tuple[int, int, str, int | None, float], work
     world: World | None = None
     try:
         world = join(rank, workers, address=address, expert_parallel=parts, timeout_seconds=seconds)
-        message: tuple[str, Any] = ("result", work(world, *arguments))
+        parent = Parent(lambda said: pipe.send(("said", said)), asked.is_set)
+        message: tuple[str, Any] = ("result", work(world, parent, *arguments))
     except BaseException as error:
         message = ("error", error if isinstance(error, UserError) else RuntimeError(f"rank {rank}: {type(error).__name__}: {error}"))
     with contextlib.suppress(BrokenPipeError):

@@ -19,6 +19,8 @@ PAYLOAD = (DISPATCH, COMBINE, DISPATCH_BACKWARD, COMBINE_BACKWARD)
 METADATA = "metadata"
 """Counts, chosen experts and gates, which travel beside the tokens."""
 METADATA_BACKWARD = "metadata backward"
+EVALUATION = " (evaluation)"
+"""Ends the name of what is sent in a pass that nothing is learned from: validation and routing snapshots."""
 
 
 @dataclass(slots=True)
@@ -27,12 +29,19 @@ class Ledger:
 
     workers: int = 1
     sent: dict[tuple[int, int, str], np.ndarray] = field(default_factory=dict)
+    witness: bool = False
+    """Also keep who was routed where, so that the bytes can be predicted from it."""
+    routed: dict[tuple[int, int], list[np.ndarray]] = field(default_factory=dict)
+    """By (step, layer), for each pass int16 (tokens, K): the experts of this worker's tokens, -1 where dropped."""
 
     def add(self, step: int, layer: int, phase: str, counts: Sequence[int]) -> None:
         """`counts` bytes to each worker."""
         row = np.asarray(counts, np.int64)
         before = self.sent.get((step, layer, phase))
         self.sent[step, layer, phase] = row if before is None else before + row
+
+    def route(self, step: int, layer: int, expert_ids: np.ndarray) -> None:
+        self.routed.setdefault((step, layer), []).append(expert_ids.astype(np.int16))
 
     def take(self) -> dict[tuple[int, int, str], np.ndarray]:
         """What has been counted since the last time."""

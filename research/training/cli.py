@@ -34,6 +34,9 @@ def train(
     out: Annotated[Path, typer.Option(help="The run's directory; a checkpoint there is gone on from")],
     overrides: Overrides = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    workers: Annotated[int, typer.Option(min=1, help="Processes that share the run out; 8 of them hold an eighth of the routed experts each")] = 1,
+    expert_parallel: Annotated[int | None, typer.Option(min=1, help="Workers per set of experts; fewer than --workers: several replicas")] = None,
+    collective_timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a worker that does not answer is given up")] = 600.0,
     prompt: Annotated[list[str] | None, typer.Option(help="Text that the trained model goes on from at the end; repeatable")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One object on stdout at the end; progress goes to stderr")] = False,
 ) -> None:
@@ -41,9 +44,14 @@ def train(
 
     In the run's directory: config.json, metrics.jsonl (an object per record), routing.npz, checkpoint/.  Ctrl-C writes a
     checkpoint and ends (exit code 130); the same command goes on from there, after a kill too.  A run that diverges ends with 3.
+
+    With --workers, tokens travel between processes to the experts that they are routed to, traffic.jsonl says how many bytes went from
+    where to where, and the losses are those of one process; a run may go on with another number of workers.
     """
     # Half a second to two of torch are paid only by the commands that need it.
     from research.continuation import Sampling, gather_prompts, go_on  # noqa: PLC0415
+    from research.parallel.launch import run_workers  # noqa: PLC0415
+    from research.parallel.world import World  # noqa: PLC0415
     from research.training.loop import train as run  # noqa: PLC0415
     from research.training.records import JsonlRecorder, Record  # noqa: PLC0415
 
@@ -51,6 +59,9 @@ def train(
     gather_prompts(prompts, None)
     mapping = read_yaml(model) if Path(model).suffix in (".yaml", ".yml") else _default_run(model)
     config = load_run_config(mapping, model, overrides or [])
+    if workers % (expert_parallel or workers):
+        raise ConfigError(f"--expert-parallel {expert_parallel}: must divide --workers {workers}")
+    World(0, workers, expert_parallel or workers).check(config)
     _claim(out, config)
     with _progress(config.steps, sys.stderr if as_json else sys.stdout) as step, _stop_asked() as stop_asked:
 
@@ -58,7 +69,25 @@ def train(
             step(record.step, "  ".join(f"{name} {record.metrics[key]:.4g}" for key, name in SHOWN.items() if key in record.metrics))
             return stop_asked()
 
-        result = run(config, out, JsonlRecorder(out / "metrics.jsonl"), watch, device=device, announce=lambda line: step(None, line))
+        if workers == 1:
+            result = run(config, out, JsonlRecorder(out / "metrics.jsonl"), watch, device=device, announce=lambda line: step(None, line))
+        else:
+
+            def listen(said: Record | str) -> None:
+                if isinstance(said, Record):
+                    watch(said)
+                else:
+                    step(None, said)
+
+            result = run_workers(
+                train_worker,
+                (config, out, device),
+                workers=workers,
+                expert_parallel=expert_parallel,
+                timeout_seconds=collective_timeout,
+                listen=listen,
+                stop_asked=stop_asked,
+            )[0]
     if result.trace is not None:
         with room_for(out / "routing.npz", "the routing trace"):
             result.trace.save(out / "routing.npz")
@@ -85,6 +114,21 @@ def train(
         print(json.dumps(ended, indent=1, ensure_ascii=False))
     if result.state != "finished":
         raise typer.Exit(DIVERGED if result.state == "diverged" else STOPPED)
+
+
+def train_worker(world: Any, parent: Any, config: RunConfig, out: Path, device: str) -> Any:
+    """One of the processes of `train --workers`: rank 0 writes, and tells its parent what it would have shown."""
+    from research.training.loop import train as run  # noqa: PLC0415
+    from research.training.records import JsonlRecorder, NoRecorder  # noqa: PLC0415
+
+    first = world.rank == 0
+    recorder = JsonlRecorder(out / "metrics.jsonl") if first else NoRecorder()
+
+    def watch(record: Any) -> bool:
+        parent.tell(record)
+        return bool(parent.stop_asked())
+
+    return run(config, out, recorder, watch, device=device, announce=parent.tell if first else lambda line: None, world=world)
 
 
 def _default_run(name: str) -> dict[str, object]:

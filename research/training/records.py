@@ -76,6 +76,13 @@ class Recorder(Protocol):
     def record(self, record: Record) -> None: ...
 
 
+class NoRecorder:
+    """Of a worker that is not the first: what it would write is written there."""
+
+    def record(self, record: Record) -> None:
+        pass
+
+
 class JsonlRecorder:
     """One JSON object per record, appended and flushed to the disk, so that none is missing before a checkpoint that stands.
 

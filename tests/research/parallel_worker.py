@@ -5,36 +5,33 @@ import signal
 import time
 from pathlib import Path
 
+from research.parallel.traffic import COMBINE, Ledger
 from research.training.loop import train
-from research.training.records import JsonlRecorder
+from research.training.records import JsonlRecorder, NoRecorder
 
 
-def run(world, config, folder, stop_at=None, misbehave=None):
-    """Train in `folder`; `misbehave` = (rank, step, "kill" | "hang" | "raise") strikes when that step has been recorded."""
-
-    class Recorder(JsonlRecorder):
-        pass
-
-    recorder = Recorder(Path(folder) / "metrics.jsonl") if world.rank == 0 else None
-    if misbehave and misbehave[0] == world.rank:
-        _strike_at(world, *misbehave[1:])
+def run(world, parent, config, folder, stop_at=None, misbehave=None, witness=False):
+    """Train in `folder`, up to `stop_at`; `misbehave` = (rank, step, "kill" | "hang" | "raise") strikes inside the layers of that step."""
+    recorder = JsonlRecorder(Path(folder) / "metrics.jsonl") if world.rank == 0 else NoRecorder()
+    world.ledger = Struck(world.expert_parallel, misbehave[1:] if misbehave and misbehave[0] == world.rank else None)
+    world.ledger.witness = witness
     result = train(config, Path(folder), recorder, lambda record: record.step == stop_at, device="cpu", world=world)
-    return result.state, result.steps, {name: value for name, value in result.metrics.items() if name != "train/tokens_per_second"}
+    metrics = {name: value for name, value in result.metrics.items() if name != "train/tokens_per_second"}
+    return result.state, result.steps, metrics, world.ledger.routed
 
 
-def _strike_at(world, step, how):
-    """Between two collectives of the forward pass of `step`."""
-    gather = world.ledger.add
+class Struck(Ledger):
+    """A ledger that is not well: where a worker counts what it is about to send, it ends, sleeps or fails."""
 
-    class Striking(type(world.ledger)):
-        def add(self, at, layer, phase, counts):
-            if at == step and phase == "combine":
-                if how == "kill":
-                    os.kill(os.getpid(), signal.SIGKILL)
-                if how == "hang":
-                    time.sleep(600)
-                raise ValueError("a bug in the model")
-            super().add(at, layer, phase, counts)
+    def __init__(self, workers, when=None):
+        super().__init__(workers)
+        self.when = when
 
-    del gather
-    world.ledger = Striking(world.ledger.workers)
+    def add(self, step, layer, phase, counts):
+        if self.when and step == self.when[0] and phase == COMBINE:
+            if self.when[1] == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.when[1] == "hang":
+                time.sleep(600)
+            raise ValueError("a bug in the model")
+        super().add(step, layer, phase, counts)

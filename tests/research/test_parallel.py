@@ -1,37 +1,51 @@
 """Several workers compute what one does, send what the routing says, and end together."""
 
 import json
+import os
+import time
+from dataclasses import replace
 
+import numpy as np
 import parallel_worker
 import pytest
 import small_runs
 import torch
 from safetensors.torch import load_file
 
+from research.errors import CollectiveFailed, ConfigError
 from research.parallel.launch import run_workers
-from research.parallel.world import ALONE
+from research.parallel.traffic import COMBINE, COMBINE_BACKWARD, DISPATCH, DISPATCH_BACKWARD, read_traffic
+from research.parallel.world import ALONE, World
+
+DROPPING = {"capacity_factor": 1.0, "undropped_sequences": 0.25, "expert_devices": 4, "device_limit": 2}
+FIFTY = {"precision": "float64", "micro_batch_size": 4, "train_tokens": 50 * 8 * 32, "validate_every": 25, "checkpoint_every": 25}
 
 
-def settings(text, **changes):
-    moe = {"capacity_factor": 1.0, "undropped_sequences": 0.25, "expert_devices": 4, "device_limit": 2, **changes.pop("moe", {})}
-    training = {"precision": "float64", "micro_batch_size": 4, "train_tokens": 50 * 8 * 32, "validate_every": 25, "checkpoint_every": 25}
-    return small_runs.config(text, model={"moe": moe}, training={**training, **changes.pop("training", {})}, **changes)
+def settings(text, moe=DROPPING, **training):
+    return small_runs.config(text, model={"moe": moe}, training={**FIFTY, **training})
 
 
 def alone(config, folder):
     folder.mkdir()
-    return parallel_worker.run(ALONE, config, folder)
+    return parallel_worker.run(ALONE, None, config, folder)
 
 
-def several(config, folder, workers, parts=None, **how):
+def several(config, folder, workers, parts=None, *, stop_at=None, misbehave=None, witness=False, **how):
     folder.mkdir(exist_ok=True)
-    return run_workers(
-        parallel_worker.run, (config, folder, how.pop("stop_at", None), how.pop("misbehave", None)), workers=workers, expert_parallel=parts, **how
-    )
+    return run_workers(parallel_worker.run, (config, folder, stop_at, misbehave, witness), workers=workers, expert_parallel=parts, **how)
 
 
-def losses(folder):
+def records(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_alike(folder, wanted, tolerance, names=None):
+    ours, theirs = records(folder), records(wanted)
+    assert [r["step"] for r in ours] == [r["step"] for r in theirs]
+    for our, their in zip(ours, theirs, strict=True):
+        for name, value in their.items():
+            if name != "train/tokens_per_second" and (names is None or name in names):
+                assert our[name] == pytest.approx(value, abs=tolerance, rel=tolerance), (our["step"], name)
 
 
 @pytest.fixture(scope="module")
@@ -46,17 +60,103 @@ def single(text, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("workers", "parts"), [(2, 2), (4, 4), (4, 2)])
-def test_fifty_steps_in_double_precision_are_those_of_one_worker(text, single, tmp_path, workers, parts):
-    found = several(settings(text), tmp_path / "run", workers, parts)
-    assert all(f == found[0] for f in found)
-    for ours, wanted in zip(losses(tmp_path / "run"), losses(single), strict=True):
-        for name, value in wanted.items():
-            if name != "train/tokens_per_second":
-                assert ours[name] == pytest.approx(value, abs=1e-9, rel=1e-9), (ours["step"], name)
-    # The same checkpoint, too: whole tensors under the same names.
+@pytest.fixture(scope="module")
+def four(text, tmp_path_factory):
+    """A run on four workers, with what they routed; stopped at step 30 and gone on with on two."""
+    folder = tmp_path_factory.mktemp("four") / "run"
+    found = several(settings(text), folder, 4, stop_at=30, witness=True)
+    return folder, found
+
+
+def test_fifty_steps_on_four_workers_then_two_are_those_of_one(text, single, four):
+    folder, found = four
+    assert [f[:2] for f in found] == [("stopped", 30)] * 4
+    gone_on = several(settings(text), folder, 2)
+    assert gone_on[0][:3] == gone_on[1][:3]
+    assert gone_on[0][:2] == ("finished", 50)
+    assert records(single)[-1]["routing/dropped_share"] > 0
+    assert_alike(folder, single, 1e-9)
     for file in ("model.safetensors", "optimizer.safetensors"):
-        ours, wanted = (load_file(folder / "checkpoint" / file) for folder in (tmp_path / "run", single))
+        ours, wanted = (load_file(place / "checkpoint" / file) for place in (folder, single))
         assert ours.keys() == wanted.keys()
         for name in wanted:
-            torch.testing.assert_close(ours[name], wanted[name], atol=1e-8, rtol=1e-7)
+            torch.testing.assert_close(ours[name], wanted[name], atol=1e-9, rtol=1e-7)
+
+
+def test_the_first_twenty_steps_in_single_precision_agree_with_two_replicas_too(text, tmp_path):
+    config = settings(text, precision="float32", train_tokens=20 * 8 * 32, validate_every=20, activation_checkpointing="blocks")
+    alone(config, tmp_path / "one")
+    several(config, tmp_path / "four", 4, 2)
+    assert_alike(
+        tmp_path / "four", tmp_path / "one", 1e-4, ("train/loss", "train/balance_expert", "train/balance_device", "train/balance_communication")
+    )
+
+
+@pytest.mark.parametrize("kind", ["switch", "gshard"])
+def test_capacities_and_chances_and_losses_of_a_batch_are_those_of_all_workers(text, tmp_path, kind):
+    """Expert capacity in the order of the tokens, second experts drawn by chance, losses over the whole batch."""
+    moe = {"capacity_of": "expert", "capacity_factor": 1.0, "expert_devices": 4, "device_limit": None, "num_experts_per_tok": 1}
+    balance = {"expert": 0.01, "device": 0.0, "communication": 0.0, "scope": "batch"}
+    if kind == "gshard":
+        moe |= {"num_experts_per_tok": 2, "norm_topk_prob": True, "second_expert": "by_chance"}
+        balance |= {"count_first_choice_only": True}
+    config = settings(text, {**moe, "balance": balance}, train_tokens=10 * 8 * 32)
+    alone(config, tmp_path / "one")
+    several(config, tmp_path / "two", 2)
+    assert records(tmp_path / "one")[-1]["routing/dropped_share"] > 0
+    assert_alike(tmp_path / "two", tmp_path / "one", 1e-9)
+
+
+def test_the_bytes_that_moved_are_those_of_the_routing(text, four):
+    """Each token goes once to each worker that has an expert of it; gradients go the same ways."""
+    folder, found = four
+    width, workers, per_worker = settings(text).model.hidden_size * 8, 4, 2
+    counted = read_traffic(folder / "traffic.jsonl")
+    steps = {(step, layer) for step, layer, phase in counted if phase == DISPATCH and step <= 30}
+    assert len(steps) == 30 * len(settings(text).model.moe_layers)
+    for step, layer in steps:
+        wanted = np.zeros((workers, workers), np.int64)
+        for rank, (*_, routed) in enumerate(found):
+            for passed in routed[step, layer]:
+                for chosen in passed:
+                    for worker in {expert // per_worker for expert in chosen if expert >= 0}:
+                        wanted[rank, worker] += width
+        for phase, matrix in ((DISPATCH, wanted), (COMBINE, wanted.T), (DISPATCH_BACKWARD, wanted.T), (COMBINE_BACKWARD, wanted)):
+            np.testing.assert_array_equal(counted[step, layer, phase], matrix, err_msg=f"{step} {layer} {phase}")
+
+
+def test_the_device_limit_bounds_what_a_token_sends(four):
+    _, found = four
+    reached = [len({e // 2 for e in chosen if e >= 0}) for *_, routed in found for passes in routed.values() for p in passes for chosen in p]
+    assert max(reached) == 2
+
+
+@pytest.mark.parametrize(
+    ("how", "said"), [("kill", "rank 1 was killed|failed|waited for rank 1"), ("raise", "a bug in the model"), ("hang", "waited for rank 1")]
+)
+def test_a_worker_that_fails_takes_the_others_with_it_and_the_run_goes_on(text, tmp_path, how, said):
+    config = settings(text, train_tokens=12 * 8 * 32, checkpoint_every=5, validate_every=12)
+    pids = []
+    began = time.monotonic()
+    with pytest.raises((CollectiveFailed, RuntimeError), match=said) as caught:
+        several(config, tmp_path / "run", 2, misbehave=(1, 8, how), timeout_seconds=5.0, started=pids.extend)
+    assert time.monotonic() - began < 60
+    if how == "hang":
+        assert "of layer" in str(caught.value)
+        assert "of step 8" in str(caught.value)
+    assert not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
+    if how == "kill":
+        several(config, tmp_path / "run", 2)
+        alone(config, tmp_path / "one")
+        assert_alike(tmp_path / "run", tmp_path / "one", 1e-9)
+
+
+def test_what_cannot_be_shared_out_is_refused(text):
+    config = settings(text)
+    with pytest.raises(ConfigError) as caught:
+        World(0, 3, 3).check(config)
+    assert len(caught.value.problems) == 3
+    assert "training.batch_size = 8" in str(caught.value)
+    assert "model.moe.expert_devices = 4" in str(caught.value)
+    World(0, 4, 2).check(config)
+    World(0, 2, 2).check(replace(config, model=replace(config.model, moe=None)))
