@@ -343,6 +343,8 @@ class TrainingConfig:
     """Held-out tokens per domain (all there are, if fewer)."""
     checkpoint_every: int = 200
     """Steps; one is also written at a stop and at the end."""
+    checkpoint_seconds: float | None = 600.0
+    """One is also written at the first record after so many seconds without; null: by steps alone."""
     keep_checkpoints: int = 1
     """So many of the last ones are kept: the newest is checkpoint/, those before it are checkpoints/step-N/."""
     keep_best: bool = False
@@ -354,6 +356,7 @@ class TrainingConfig:
         every = ("record_every", "validate_every", "checkpoint_every", "trace_every")
         for name in ("train_tokens", "batch_size", *every, "validation_tokens", "keep_checkpoints"):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be > 0")
+        _require(self.checkpoint_seconds is None or self.checkpoint_seconds > 0, f"checkpoint_seconds={self.checkpoint_seconds} must be > 0 or null")
         if self.micro_batch_size is not None:
             _require(
                 self.micro_batch_size > 0 and self.batch_size % self.micro_batch_size == 0,

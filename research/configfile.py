@@ -218,7 +218,9 @@ def _sentence(cls: Any, item: Any, source: str) -> str:
         for part in filter(lambda p: not p.isdigit(), location[:-1]):
             owner = _dataclass_in(typing.get_type_hints(owner).get(part)) if owner else None
         choices = [f.name for f in dataclasses.fields(owner)] if owner else []
-        return f"{source}: {path} = {value!r}: unknown key{nearest(location[-1], choices)}"
+        elsewhere = [known for known in known_paths(cls) if known.split(".")[-1] == location[-1]]
+        hint = f"; did you mean {elsewhere[0]!r}?" if len(elsewhere) == 1 else nearest(location[-1], choices)
+        return f"{source}: {path} = {value!r}: unknown key{hint}"
     if item["type"] in ("missing", "missing_argument"):
         return f"{source}: {path}: is missing and has no default"
     message = cast(str, item["msg"]).removeprefix("Value error, ")

@@ -210,7 +210,9 @@ def load(directory: Path, model: Transformer, optimizer: torch.optim.AdamW, conf
             best=about["best"],
         )
     except (OSError, KeyError, TypeError, RuntimeError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: is damaged ({error}); remove it to start this run again") from error
+        kept = sorted(directory.with_name(directory.name + "s").glob("*/state.json"))
+        others = f", or put an earlier one in its place: {', '.join(str(path.parent) for path in kept)}" if kept else ""
+        raise CheckpointError(f"{folder}: is damaged ({error}); remove it to start this run again{others}") from error
 
 
 def load_model(directory: Path) -> tuple[Transformer, RunConfig]:

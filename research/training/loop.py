@@ -4,6 +4,7 @@ Everything random is a function of (seed, step), so a run that goes on from a ch
 undisturbed run to the bit on the same machine.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +101,7 @@ def train(
         except Diverged as error:
             state, reason = "diverged", str(error)
             break
-        at.step, stop, best = step, False, False
+        at.step, stop, best, due = step, False, False, False
         with meter.paused():
             if last or step % training.trace_every == 0:
                 at.snapshots[step] = snapshot(model, config, data, world)
@@ -116,7 +117,8 @@ def train(
                 record = Record(step=step, tokens=tokens, metrics=found)
                 _write_down(world, recorder, record, directory)
                 stop = world.agree(world.rank == 0 and should_stop(record)) and not last
-            if stop or last or best or step % training.checkpoint_every == 0:
+                due = world.agree(meter.seconds - at.seconds >= (training.checkpoint_seconds or math.inf))
+            if stop or last or best or due or step % training.checkpoint_every == 0:
                 at.seconds = meter.seconds
                 checkpoint.save(folder, model, optimizer, config, at, is_best=best, world=world)
         if stop:

@@ -23,6 +23,8 @@ def test_a_preset_with_overrides():
     ("override", "said"),
     [
         ("model.moe.device_limti=2", "model.moe.device_limti = 2: unknown key; did you mean 'device_limit'?"),
+        ("training.seed=3", "training.seed = 3: unknown key; did you mean 'seed'?"),
+        ("device_limit=3", "device_limit = 3: unknown key; did you mean 'model.moe.device_limit'?"),
         ("model.moe.device_limit=9", "device_limit=9 must lie in 1..8"),
         ("model.moe.device_limit=1", "num_experts_per_tok=6 does not fit on device_limit=1 devices of 4 experts"),
         ("model.moe.n_routed_experts=33", "n_routed_experts=33 must be divisible by expert_devices=8"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -95,17 +96,32 @@ def test_a_crash_between_the_two_renames_leaves_the_old_checkpoint(tmp_path):
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
     train(small(train_tokens=512), tmp_path, JsonlRecorder(tmp_path / "m.jsonl"), never)
+    earlier = tmp_path / "checkpoints" / "step-000001"
+    shutil.copytree(tmp_path / "checkpoint", earlier)
     weights = tmp_path / "checkpoint" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     for act in (
         lambda: checkpoint.load_model(tmp_path),
         lambda: train(small(train_tokens=512), tmp_path, JsonlRecorder(tmp_path / "m.jsonl"), never),
     ):
-        with pytest.raises(CheckpointError, match="is damaged"):
+        with pytest.raises(CheckpointError, match="is damaged") as caught:
             act()
+    assert str(earlier) in str(caught.value)
     (tmp_path / "checkpoint" / "state.json").write_text(json.dumps({"format": checkpoint.FORMAT}))
     with pytest.raises(CheckpointError, match="holds no configuration"):
         checkpoint.load_model(tmp_path)
+
+
+def test_a_checkpoint_is_written_by_the_clock_too(tmp_path):
+    config = small(train_tokens=6 * 512, record_every=1, checkpoint_every=1000, checkpoint_seconds=1e-6)
+    train(config, tmp_path, JsonlRecorder(tmp_path / "m.jsonl"), lambda record: record.step == 3)
+    saved = []
+    original, checkpoint.save = checkpoint.save, lambda *given, **named: saved.append(given[4].step) or original(*given, **named)
+    try:
+        train(config, tmp_path, JsonlRecorder(tmp_path / "m.jsonl"), never)
+    finally:
+        checkpoint.save = original
+    assert saved == [4, 5, 6]
 
 
 def test_divergence_ends_the_run_and_is_said(tmp_path):
