@@ -92,6 +92,14 @@ ALL_TO_ALL_SECONDS: Final = "simulation/all_to_all_seconds"
 NVLINK_BYTES: Final = "simulation/nvlink_bytes"
 INFINIBAND_BYTES: Final = "simulation/infiniband_bytes"
 
+# Of runs on several workers (`resources.workers_per_trial`), over steps.
+PARALLEL_BYTES: Final = "parallel/bytes_per_step"
+"""Payload that left its worker: dispatch and combine of all layers, forward and backward, mean over the steps since the last record."""
+PARALLEL_SECONDS: Final = "parallel/seconds_per_step"
+"""Seconds that the average worker spent in collectives, not overlapped."""
+RECEIVED_VIOLATION: Final = "parallel/received_violation"
+"""(largest - mean) / mean of the dispatched tokens that the workers receive, mean over layers."""
+
 # MLflow tags.  Experiment = the study's name; parent run = the study; child run = (variant, seed).
 TAG_SCHEMA: Final = "moelab.schema"
 TAG_STUDY: Final = "moelab.study"

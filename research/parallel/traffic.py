@@ -3,7 +3,7 @@
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +21,11 @@ METADATA = "metadata"
 METADATA_BACKWARD = "metadata backward"
 EVALUATION = " (evaluation)"
 """Ends the name of what is sent in a pass that nothing is learned from: validation and routing snapshots."""
+
+
+BYTES = "parallel/bytes_per_step"
+RECEIVED_VIOLATION = "parallel/received_violation"
+SECONDS = "parallel/seconds_per_step"
 
 
 @dataclass(slots=True)
@@ -47,6 +52,23 @@ class Ledger:
         """What has been counted since the last time."""
         taken, self.sent = self.sent, {}
         return taken
+
+
+def traffic_metrics(ledgers: Sequence[Mapping[tuple[int, int, str], np.ndarray]]) -> dict[str, float]:
+    """Of the ledgers of all ranks, per training step: payload bytes that left their worker, and how much more of the dispatched tokens
+    the fullest worker of a replica receives than the average one, (largest - mean) / mean, mean over layers; own tokens count there."""
+    keys = {key for ledger in ledgers for key in ledger if key[2] in PAYLOAD}
+    if not keys:
+        return {}
+    left, violations = 0, []
+    for key in keys:
+        matrix = np.stack([ledger[key] for ledger in ledgers])
+        replicas = matrix.reshape(-1, matrix.shape[1], matrix.shape[1])
+        left += int(matrix.sum() - replicas.diagonal(axis1=1, axis2=2).sum())
+        if key[2] == DISPATCH:
+            received = replicas.sum(1)
+            violations.append(float((received.max(1) / received.mean(1).clip(1e-9) - 1).mean()))
+    return {BYTES: left / len({step for step, _, _ in keys}), RECEIVED_VIOLATION: float(np.mean(violations))}
 
 
 class TrafficFile:

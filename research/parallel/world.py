@@ -5,6 +5,7 @@ by all.  `ALONE` is the world of a run in one process, in which every method is 
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -41,7 +42,12 @@ class World:
     """Workers that hold the same experts in different replicas."""
     store: Any = None
     ledger: Ledger = field(default_factory=Ledger)
+    waited: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """Seconds in the collectives of training steps by what they are for, without the layer."""
     step: int = 0
+    steps: int = 0
+    """Training steps that are in `waited`."""
+    training: bool = False
 
     @property
     def expert_rank(self) -> int:
@@ -106,6 +112,20 @@ class World:
         self.run(lambda: dist.all_reduce(total), name)
         return total / self.size
 
+    def begin_step(self, step: int) -> None:
+        self.step, self.training = step, True
+        self.steps += 1
+
+    def end_step(self) -> None:
+        self.training = False
+
+    def seconds_per_step(self) -> float:
+        """Of this worker in collectives, since it was last asked."""
+        seconds = sum(self.waited.values()) / max(self.steps, 1)
+        self.waited.clear()
+        self.steps = 0
+        return seconds
+
     def mean_of(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Of numbers by name, which all workers have under the same names."""
         if self.size == 1 or not metrics:
@@ -133,11 +153,15 @@ class World:
         return "cuda" if dist.get_backend() == "nccl" else "cpu"
 
     def run(self, collective: Callable[[], T], name: str) -> T:
-        """A collective, waited for; CollectiveFailed says which one, at which step, and who was not there."""
+        """A collective (begun, or waited for); CollectiveFailed says which one, at which step, and who was not there."""
+        began = time.perf_counter()
         try:
             return collective()
         except RuntimeError as error:
             raise CollectiveFailed(self._who_is_missing(name, error)) from error
+        finally:
+            if self.training:
+                self.waited[name.partition(" of layer")[0]] += time.perf_counter() - began
 
     def _who_is_missing(self, name: str, error: RuntimeError) -> str:
         text = str(error).strip().splitlines()[0]

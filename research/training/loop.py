@@ -29,7 +29,7 @@ from research.model.router import Routing
 from research.model.transformer import Transformer
 from research.parallel.exchange import spread_experts
 from research.parallel.sharding import ShardedAdamW
-from research.parallel.traffic import TrafficFile
+from research.parallel.traffic import TrafficFile, traffic_metrics
 from research.parallel.world import ALONE, World
 from research.routing_trace import RoutingTrace
 from research.training import checkpoint, records
@@ -72,15 +72,13 @@ def train(
     """Train to the end, to a stop, or to divergence; goes on from `directory`/checkpoint if there is one.
 
     With several workers each calls this with its `world` and the same `directory`, and all get the same result.  Rank 0 alone
-    writes, records and is asked whether to stop.
+    writes and is asked whether to stop; the recorders of the others (`NoRecorder`) get what its recorder gets.
 
     Raises CheckpointError if that is of another configuration, DataError if the corpus cannot be had, OutOfMemory and
     DiskFull with what is missing; the checkpoint before stands in each case, and when the run diverges.
     """
-    keep_freed_memory()
-    torch.set_flush_denormal(True)  # peaked attention makes denormals, which are several times slower on a CPU
+    _settle(config, world)
     place, training, folder = choose_device(device), config.training, directory / "checkpoint"
-    world.check(config)
     data = prepare(config.data, announce)
     with naming_out_of_memory(place, "when the model was built"):
         model = Transformer(config.model).to(place, _master_dtype(config)).initialise(config.seed)
@@ -92,7 +90,7 @@ def train(
     meter = Meter(at.seconds, config.schedule.tokens(at.step))
     for step, ids in Prefetcher(_make_batch(data, config, place), range(at.step + 1, config.steps + 1), place):
         rate = set_learning_rate(optimizer, config, step)
-        world.step, last = step, step == config.steps
+        last = step == config.steps
         validated = last or step % training.validate_every == 0
         recorded = validated or step % training.record_every == 0
         try:
@@ -112,10 +110,10 @@ def train(
             if recorded:
                 tokens = config.schedule.tokens(step)
                 found |= {records.LEARNING_RATE: rate, records.TOKENS_PER_SECOND: meter.tokens_per_second(tokens)}
-                found |= _dead_experts(at.health, loads, step, announce)
+                found |= _dead_experts(at.health, loads, step, announce) | _traffic(world, directory)
                 at.metrics |= found
                 record = Record(step=step, tokens=tokens, metrics=found)
-                _write_down(world, recorder, record, directory)
+                recorder.record(record)
                 stop = world.agree(world.rank == 0 and should_stop(record)) and not last
                 due = world.agree(meter.seconds - at.seconds >= (training.checkpoint_seconds or math.inf))
             if stop or last or best or due or step % training.checkpoint_every == 0:
@@ -137,6 +135,12 @@ def train(
         trace=trace,
         warnings=tuple(at.health.warnings),
     )
+
+
+def _settle(config: RunConfig, world: World) -> None:
+    keep_freed_memory()
+    torch.set_flush_denormal(True)  # peaked attention makes denormals, which are several times slower on a CPU
+    world.check(config)
 
 
 def _resumed(folder: Path, model: Transformer, optimizer: torch.optim.AdamW, config: RunConfig, announce: Callable[[str], None]) -> Resumed:
@@ -183,6 +187,7 @@ def _optimizer_step(
     protected = _protected(config, step, batch_size).to(place)
     chance = torch.Generator(place).manual_seed(int(np.random.default_rng((config.seed, step, 2)).integers(2**62)))
     size = training.micro_batch_size or batch_size
+    world.begin_step(step)
     parts: list[dict[str, float]] = []
     loads: dict[int, list[int]] = {}
     optimizer.zero_grad(set_to_none=True)
@@ -217,6 +222,7 @@ def _optimizer_step(
     health.check_step(model, step, found[records.LOSS], found[records.GRADIENT_NORM], config.model.vocab_size)
     clip_gradient(model, optimizer, training.optimizer.gradient_clip, norm)
     optimizer.step()
+    world.end_step()
     return found, loads
 
 
@@ -240,14 +246,15 @@ def _of_all(world: World, routing: Routing) -> Routing:
     return routing._replace(expert_ids_MK=world.gather(routing.expert_ids_MK), kept_MK=world.gather(routing.kept_MK))
 
 
-def _write_down(world: World, recorder: Recorder, record: Record, directory: Path) -> None:
-    """By rank 0: the record, and the bytes that all workers have sent since the last one."""
+def _traffic(world: World, directory: Path) -> dict[str, float]:
+    """With several workers: write down what all of them have sent since the last record, and what it amounts to."""
+    if world.size == 1:
+        return {}
+    seconds = world.seconds_per_step()
+    ledgers = world.gather_objects(world.ledger.take())
     if world.rank == 0:
-        recorder.record(record)
-    if world.size > 1:
-        ledgers = world.gather_objects(world.ledger.take())
-        if world.rank == 0:
-            TrafficFile(directory / "traffic.jsonl").append(ledgers)
+        TrafficFile(directory / "traffic.jsonl").append(ledgers)
+    return traffic_metrics(ledgers) | world.mean_of({records.PARALLEL_SECONDS: seconds})
 
 
 def _dead_experts(health: Health, loads: Mapping[int, list[int]], step: int, announce: Callable[[str], None]) -> dict[str, float]:

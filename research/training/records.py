@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from research.atomic import room_for
+from research.parallel import traffic
 
 LOSS = "train/loss"
 BALANCE_EXPERT = "train/balance_expert"
@@ -32,6 +33,9 @@ TOTAL_PARAMETERS = "model/total_parameters"
 ACTIVATED_PARAMETERS = "model/activated_parameters"
 TRAIN_FLOPS_PER_TOKEN = "model/train_flops_per_token"
 NGRAM_BITS_PER_BYTE = "reference/order2_bits_per_byte"
+PARALLEL_BYTES = traffic.BYTES
+PARALLEL_SECONDS = traffic.SECONDS
+RECEIVED_VIOLATION = traffic.RECEIVED_VIOLATION
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from research.errors import CollectiveFailed, ConfigError
 from research.parallel.launch import run_workers
-from research.parallel.traffic import COMBINE, COMBINE_BACKWARD, DISPATCH, DISPATCH_BACKWARD, read_traffic
+from research.parallel.traffic import COMBINE, COMBINE_BACKWARD, DISPATCH, DISPATCH_BACKWARD, PAYLOAD, read_traffic
 from research.parallel.world import ALONE, World
 
 DROPPING = {"capacity_factor": 1.0, "undropped_sequences": 0.25, "expert_devices": 4, "device_limit": 2}
@@ -123,6 +123,21 @@ def test_the_bytes_that_moved_are_those_of_the_routing(text, four):
                         wanted[rank, worker] += width
         for phase, matrix in ((DISPATCH, wanted), (COMBINE, wanted.T), (DISPATCH_BACKWARD, wanted.T), (COMBINE_BACKWARD, wanted)):
             np.testing.assert_array_equal(counted[step, layer, phase], matrix, err_msg=f"{step} {layer} {phase}")
+
+
+def test_the_records_say_what_left_its_worker_per_step(four):
+    folder, _ = four
+    counted, layers = read_traffic(folder / "traffic.jsonl"), 0
+    record = next(r for r in records(folder) if r["step"] == 7)
+    left = 0
+    for (step, _, phase), matrix in counted.items():
+        if step == 7 and phase in PAYLOAD:
+            left += matrix.sum() - matrix.trace()
+            layers += phase == DISPATCH
+    assert layers > 0
+    assert record["parallel/bytes_per_step"] == left
+    assert record["parallel/seconds_per_step"] > 0
+    assert 0 <= record["parallel/received_violation"] < 3
 
 
 def test_the_device_limit_bounds_what_a_token_sends(four):
