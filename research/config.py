@@ -409,6 +409,13 @@ class RunConfig:
         )
 
     @property
+    def micro_batches_add_up(self) -> bool:
+        """Whether passes of fewer sequences give the same gradient of a micro-batch, up to rounding.  What is dropped is decided on the
+        whole micro-batch first; only balance losses over a batch (`balance.scope`) are not the mean of those of its parts."""
+        moe = self.model.moe
+        return moe is None or moe.balance.scope == "sequence" or not (moe.balance.expert or moe.balance.device or moe.balance.communication)
+
+    @property
     def steps(self) -> int:
         """Optimizer steps: as many whole batches as it takes to see `train_tokens` tokens."""
         return self.schedule.steps

@@ -22,8 +22,9 @@ from rich.table import Table
 from research.errors import UserError
 from research.terminal import console
 from sweeps import schema
+from sweeps.cluster import RayExecutor
 from sweeps.driver import Driver
-from sweeps.executors import Executor, InlineExecutor, RayExecutor
+from sweeps.executors import Executor, InlineExecutor
 from sweeps.lease import holder_of, is_driven
 from sweeps.plan import plan as make_plan
 from sweeps.study import Study, home, load_study, study_root

@@ -5,7 +5,7 @@ undisturbed run to the bit on the same machine.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,7 +25,7 @@ from research.evaluation.bits_per_byte import evaluate_domains, score_metrics
 from research.evaluation.ngram import reference_bits_per_byte
 from research.model.balance import BalanceLosses, balance_losses
 from research.model.loss import chunked_language_loss
-from research.model.router import Routing
+from research.model.router import Decided, Routing
 from research.model.transformer import Transformer
 from research.parallel.exchange import spread_experts
 from research.parallel.sharding import ShardedAdamW
@@ -35,7 +35,7 @@ from research.routing_trace import RoutingTrace
 from research.training import checkpoint, records
 from research.training.allocator import keep_freed_memory
 from research.training.checkpoint import Resumed
-from research.training.health import Diverged, Health, add_loads, expert_loads, naming_out_of_memory
+from research.training.health import Diverged, Health, expert_loads, naming_out_of_memory
 from research.training.optimizer import build_optimizer, clip_gradient, gradient_norm, set_learning_rate
 from research.training.records import Meter, Record, Recorder
 from research.training.statistics import routing_metrics
@@ -67,9 +67,14 @@ def train(
     *,
     device: str = "auto",
     announce: Callable[[str], None] = lambda line: None,
+    micro_batch_size: int | None = None,
     world: World = ALONE,
 ) -> TrainingResult:
     """Train to the end, to a stop, or to divergence; goes on from `directory`/checkpoint if there is one.
+
+    `micro_batch_size`: sequences per pass where this machine has less memory than `config` thinks.  It is no part of the run's
+    identity, checkpoints stay valid: the global batch is the same, what is dropped of it too, and its gradient is, up to rounding
+    (see `RunConfig.micro_batches_add_up` for the configurations of which this does not hold).
 
     With several workers each calls this with its `world` and the same `directory`, and all get the same result.  Rank 0 alone
     writes and is asked whether to stop; the recorders of the others (`NoRecorder`) get what its recorder gets.
@@ -95,7 +100,9 @@ def train(
         recorded = validated or step % training.record_every == 0
         try:
             with naming_out_of_memory(place, f"in step {step}"):
-                found, loads = _optimizer_step(model, optimizer, config, data, step, ids, at.health, routing=recorded, world=world)
+                found, loads = _optimizer_step(
+                    model, optimizer, config, data, step, ids, at.health, routing=recorded, size=micro_batch_size, world=world
+                )
         except Diverged as error:
             state, reason = "diverged", str(error)
             break
@@ -178,44 +185,55 @@ def _optimizer_step(
     health: Health,
     *,
     routing: bool,
+    size: int | None = None,
     world: World = ALONE,
 ) -> tuple[dict[str, float], dict[int, list[int]]]:
-    """One step over the global batch `ids`, in micro-batches; their mean loss and, with `routing`, their mean statistics and the
-    tokens of each expert by layer come back.  Diverged, with weights as they were, if the step is not worth taking."""
+    """One step over the global batch `ids`, with at most `size` sequences in a pass; its loss and, with `routing`, its statistics and
+    the tokens of each expert by layer come back.  Diverged, with weights as they were, if the step is not worth taking."""
     training, place, moe, precision = config.training, model.lm_head.weight.device, config.model.moe, _precision(config, model.lm_head.weight.device)
     batch_size = len(ids)
     protected = _protected(config, step, batch_size).to(place)
     chance = torch.Generator(place).manual_seed(int(np.random.default_rng((config.seed, step, 2)).integers(2**62)))
-    size = training.micro_batch_size or batch_size
+    whole_pass = training.micro_batch_size or batch_size
+    loss_of_all = 0.0
+    seen: dict[int, list[Routing]] = {}
     world.begin_step(step)
-    parts: list[dict[str, float]] = []
-    loads: dict[int, list[int]] = {}
     optimizer.zero_grad(set_to_none=True)
-    for rows, spared in zip(map(world.share, ids.split(size)), map(world.share, protected.split(size)), strict=True):
-        if isinstance(optimizer, ShardedAdamW) and len(parts) + 1 == batch_size // size:
+
+    def run(rows: Tensor, spared: Tensor | Decided) -> tuple[Tensor, dict[int, Routing]]:
+        return model.hidden(
+            rows[:, :-1],
+            protected_B=spared,
+            chance=chance,
+            documents=documents(data, config.data, rows[:, :-1]),
+            checkpointed=training.activation_checkpointing == "blocks",
+        )
+
+    for rows, spared, last in _passes(ids, protected, whole_pass, size or whole_pass, run, config, world):
+        if last and isinstance(optimizer, ShardedAdamW):
             optimizer.last_pass()
         with torch.autocast(place.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
-            hidden, routings = model.hidden(
-                rows[:, :-1],
-                protected_B=spared,
-                chance=chance,
-                documents=documents(data, config.data, rows[:, :-1]),
-                checkpointed=training.activation_checkpointing == "blocks",
-            )
+            hidden, routings = run(rows, spared)
             language = chunked_language_loss(hidden, model.lm_head.weight, rows[:, 1:])
         balance = _balance(routings, config, rows.shape[0], world)
         loss = language
         if moe is not None:
             for losses in balance.values():
                 loss = loss + losses.weighted(moe.balance)
-        (loss * (size / batch_size / world.size)).backward()
-        statistics = {}
-        if routing and moe is not None and balance:
-            everyones = {layer: _of_all(world, found) for layer, found in routings.items()}
-            statistics = routing_metrics(everyones, balance, moe)
-            loads = add_loads(loads, expert_loads(everyones))
-        parts.append({records.LOSS: float(language.detach()), **statistics})
-    found = world.mean_of({name: sum(part[name] for part in parts) / len(parts) for name in parts[0]})
+        share = len(rows) / batch_size  # the last pass may be a smaller one; with several workers the shares of all add up to 1
+        (loss * share).backward()
+        loss_of_all += share * float(language.detach())
+        if routing:
+            for layer, found_there in routings.items():
+                seen.setdefault(layer, []).append(Routing(*(part.detach() for part in found_there)))
+    found = {records.LOSS: loss_of_all * world.size}
+    # Of the whole batch, since the largest load of a part is not that of the whole.
+    whole = {layer: Routing(*(torch.cat(parts) for parts in zip(*of_layer, strict=True))) for layer, of_layer in seen.items()}
+    everyones = {layer: _of_all(world, routing) for layer, routing in whole.items()}
+    if whole and moe is not None:
+        with torch.no_grad():
+            found |= routing_metrics(everyones, _balance(whole, config, batch_size // world.size, world), moe)
+    found, loads = world.mean_of(found), expert_loads(everyones)
     # The norm comes first and the clipping after the check: clipping by a norm that is not finite spoils every layer's gradient.
     norm = gradient_norm(model, optimizer)
     found[records.GRADIENT_NORM] = float(norm)
@@ -224,6 +242,40 @@ def _optimizer_step(
     optimizer.step()
     world.end_step()
     return found, loads
+
+
+def _passes(
+    ids: Tensor,
+    protected: Tensor,
+    whole: int,
+    size: int,
+    run: Callable[[Tensor, Tensor | Decided], tuple[Tensor, dict[int, Routing]]],
+    config: RunConfig,
+    world: World,
+) -> Iterator[tuple[Tensor, Tensor | Decided, bool]]:
+    """This worker's sequences of each pass, what its dropping goes by, and whether it is the last: micro-batches of `whole`, cut into
+    `size` where memory is short.
+
+    What is dropped depends on all of a micro-batch, so where it is cut one pass without gradients decides that for its parts."""
+    moe, place = config.model.moe, ids.device
+    drops = moe is not None and (moe.capacity_factor is not None or moe.second_expert == "by_chance")
+    size = max(size // world.size, 1)
+    for index in range(0, len(ids), whole):
+        rows, spared = world.share(ids[index : index + whole]), world.share(protected[index : index + whole])
+        last = index + whole >= len(ids)
+        if size >= len(rows):
+            yield rows, spared, last
+            continue
+        decided = None
+        if drops:
+            precision = _precision(config, place)
+            with torch.no_grad(), torch.autocast(place.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
+                decided = Decided({layer: found.kept_MK for layer, found in run(rows, spared)[1].items()})
+        length = rows.shape[1] - 1
+        for start in range(0, len(rows), size):
+            stop = min(start + size, len(rows))
+            part = spared[start:stop] if decided is None else decided.part(start * length, stop * length)
+            yield rows[start:stop], part, last and stop == len(rows)
 
 
 def _precision(config: RunConfig, place: torch.device) -> torch.dtype:
