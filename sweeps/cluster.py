@@ -105,7 +105,8 @@ class RayExecutor:
             except (self._ray.exceptions.RayError, TimeoutError) as error:
                 self._lose(slot, self._named(error, slot))
                 return
-            groups = [Group(rank=rank, size=len(slot.members), address=address) for rank in range(len(slot.members))]
+            size, limit = len(slot.members), self._resources.hang_seconds
+            groups = [Group(rank=rank, size=size, address=address, timeout_seconds=limit) for rank in range(size)]
         for member, group in zip(slot.members, groups, strict=True):
             member.ended = None
             member.actor.start.remote(replace(job, gpu_share=share, group=group))

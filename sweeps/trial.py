@@ -40,11 +40,15 @@ class RunBusyError(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """The place of one worker among those that train a run together; `address` is host:port of the first, free to listen on."""
+    """The place of one worker among those that train a run together; `address` is host:port of the first, free to listen on.
+
+    timeout_seconds: after which a worker that does not answer the others is given up.
+    """
 
     rank: int
     size: int
     address: str
+    timeout_seconds: float = 600.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,23 +142,42 @@ def _limit_gpu_memory(share: float) -> None:
 
 
 def run_trial(
-    config: Mapping[str, Any], directory: Path, report: Report, should_stop: Callable[[], bool], *, micro_batch_size: int | None = None
+    config: Mapping[str, Any],
+    directory: Path,
+    report: Report,
+    should_stop: Callable[[], bool],
+    *,
+    micro_batch_size: int | None = None,
+    group: Group | None = None,
 ) -> dict[str, Any]:
-    """Train for real; writes metrics.jsonl, checkpoint/ and routing.npz into `directory`."""
+    """Train for real; writes metrics.jsonl, checkpoint/ and routing.npz into `directory`.
+
+    In a group the routed experts are shared out, all else is replicated (`research.parallel`), and the first worker writes.
+    """
     import torch  # noqa: PLC0415  (the driver imports this module and must not pay for torch)
 
+    from research.parallel.world import ALONE, common_experts, join, leave  # noqa: PLC0415
     from research.training.loop import train  # noqa: PLC0415
-    from research.training.records import JsonlRecorder, Record  # noqa: PLC0415
+    from research.training.records import JsonlRecorder, NoRecorder, Record  # noqa: PLC0415
 
-    file = JsonlRecorder(directory / schema.METRICS_FILE)
+    settings, first = load_run_config(config), group is None or group.rank == 0
+    file = JsonlRecorder(directory / schema.METRICS_FILE) if first else NoRecorder()
 
     class Both:
         def record(self, record: Record) -> None:
             file.record(record)
             report({"step": record.step, "tokens": record.tokens, **record.metrics})
 
-    result = train(load_run_config(config), directory, Both(), lambda record: should_stop(), micro_batch_size=micro_batch_size)
-    if result.trace is not None:
+    world = ALONE
+    if group is not None and group.size > 1:
+        parts = common_experts(group.size, settings)
+        world = join(group.rank, group.size, address=group.address, expert_parallel=parts, timeout_seconds=group.timeout_seconds)
+    try:
+        result = train(settings, directory, Both(), lambda record: should_stop(), micro_batch_size=micro_batch_size, world=world)
+    finally:
+        if world is not ALONE:
+            leave()
+    if result.trace is not None and first:
         result.trace.save(directory / schema.ROUTING_FILE)
     return {
         "state": result.state,

@@ -4,6 +4,7 @@ Ranks r P to r P + P - 1 hold the routed experts of replica r between them (P = 
 by all.  `ALONE` is the world of a run in one process, in which every method is the identity.
 """
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -185,6 +186,11 @@ class World:
 
 
 ALONE = World()
+
+
+def common_experts(workers: int, config: RunConfig) -> int:
+    """P by default: as many of the workers as can share the experts out by whole devices; the rest are replicas."""
+    return workers if config.model.moe is None else math.gcd(workers, config.model.moe.expert_devices)
 
 
 def join(

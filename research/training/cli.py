@@ -51,7 +51,7 @@ def train(
     # Half a second to two of torch are paid only by the commands that need it.
     from research.continuation import Sampling, gather_prompts, go_on  # noqa: PLC0415
     from research.parallel.launch import run_workers  # noqa: PLC0415
-    from research.parallel.world import World  # noqa: PLC0415
+    from research.parallel.world import World, common_experts  # noqa: PLC0415
     from research.training.loop import train as run  # noqa: PLC0415
     from research.training.records import JsonlRecorder, Record  # noqa: PLC0415
 
@@ -59,9 +59,10 @@ def train(
     gather_prompts(prompts, None)
     mapping = read_yaml(model) if Path(model).suffix in (".yaml", ".yml") else _default_run(model)
     config = load_run_config(mapping, model, overrides or [])
-    if workers % (expert_parallel or workers):
+    expert_parallel = expert_parallel or common_experts(workers, config)
+    if workers % expert_parallel:
         raise ConfigError(f"--expert-parallel {expert_parallel}: must divide --workers {workers}")
-    World(0, workers, expert_parallel or workers).check(config)
+    World(0, workers, expert_parallel).check(config)
     _claim(out, config)
     with _progress(config.steps, sys.stderr if as_json else sys.stdout) as step, _stop_asked() as stop_asked:
 
