@@ -74,8 +74,8 @@ def microseconds(time: Quantiles) -> str:
 
 
 def _print(result: Result, *, formula: bool) -> None:
-    table = Table("", "P50 (P10 to P90)", "binds", "straggler", "mean wait", "NVLink bytes", "logical", "InfiniBand bytes", "logical",
-                  "GB/s NVLink", "logical", "InfiniBand", "logical",
+    table = Table("", "P50 (P10 to P90)", "binds", "straggler", "mean wait", "NVLink MB", "logical", "InfiniBand MB", "logical",
+                  "NVLink GB/s", "logical", "InfiniBand GB/s", "logical",
                   title=f"{result.cluster}: {result.groups} x {result.expert_parallel} GPUs, {result.sms:g} SMs")  # fmt: skip
     table.add_row("notify", microseconds(result.dispatch.notify_seconds))
     for name in ("dispatch", "combine", "backward_combine", "backward_dispatch"):
@@ -83,12 +83,15 @@ def _print(result: Result, *, formula: bool) -> None:
         cells = (microseconds(found.seconds), found.binds, f"GPU {found.straggler}", f"{found.waiting_seconds * 1e6:,.0f} us")
         moved = (found.nvlink_bytes, found.nvlink_logical_bytes, found.infiniband_bytes, found.infiniband_logical_bytes)
         rates = (found.gigabytes_per_second[key] for key in ("nvlink_physical", "nvlink_logical", "infiniband_physical", "infiniband_logical"))
-        table.add_row(name.replace("backward_", "backward of "), *cells, *(f"{value:,}" for value in moved), *(f"{rate:.1f}" for rate in rates))
-    if formula:
-        for name, seconds in result.formulas.items():
-            down, up = (seconds[f"{direction}_seconds"] * 1e6 for direction in ("dispatch", "combine"))
-            table.add_row(f"formula {name}", f"{down:,.0f} us and {up:,.0f} us", FORMULAS[name])
+        table.add_row(
+            name.replace("backward_", "backward of "), *cells, *(f"{value / 1e6:,.1f}" for value in moved), *(f"{rate:.1f}" for rate in rates)
+        )
     console().print(table)
+    if formula:
+        theirs = Table("formula", "dispatch us", "combine us", "what it counts", title="other tools' formulas on the same figures")
+        for name, seconds in result.formulas.items():
+            theirs.add_row(name, *(f"{seconds[f'{direction}_seconds'] * 1e6:,.0f}" for direction in ("dispatch", "combine")), FORMULAS[name])
+        console().print(theirs)
     print(
         f"{result.distinct_devices_per_token:.3f} GPUs, {result.distinct_nodes_per_token:.3f} nodes and "
         f"{result.distinct_routing_devices_per_token:.3f} of the model's devices per token; the busiest GPU has "
