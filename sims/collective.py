@@ -1,7 +1,8 @@
 """Seconds of one collective: latency, then the busiest of NIC, NVLink and SMs of the busiest GPU.
 
-Streams of one GPU run side by side, so their time is the maximum, softened: a stream that is nearly as busy as the busiest
-holds it up a little (p-norm over NIC, NVLink and SMs with the calibrated exponent; the limit p -> infinity is the maximum).
+The two hops of a token (NIC, then NVLink) are stages of one pipeline, so their time is the maximum, softened: a link that is nearly
+as busy as the busiest holds it up a little (p-norm with the calibrated exponent; the limit p -> infinity is the maximum).  SMs are no
+third stage: they do the copying of both, and what they cannot copy the links do not see, so their time is a plain maximum.
 """
 
 from collections.abc import Mapping
@@ -61,12 +62,12 @@ def streams(
 
 
 def gpu_seconds(found: Mapping[str, np.ndarray], constants: Constants) -> np.ndarray:
-    """Transmit seconds of each GPU, float64 (draws, G): the softened maximum of its streams."""
-    busy = np.stack([np.maximum.reduce([found[name] for name in names]) for names in CLASSES.values()])
-    top = busy.max(0)
-    share = np.divide(busy, top, out=np.zeros_like(busy), where=top > 0)
+    """Transmit seconds of each GPU, float64 (draws, G): the softened maximum of its links, or its SMs."""
+    links = np.stack([np.maximum.reduce([found[name] for name in CLASSES[link]]) for link in ("nic", "nvlink")])
+    top = links.max(0)
+    share = np.divide(links, top, out=np.zeros_like(links), where=top > 0)
     power = constants["interference_exponent"][:, None]
-    return top * (share**power).sum(0) ** (1 / power)
+    return np.maximum(top * (share**power).sum(0) ** (1 / power), found["sm"])
 
 
 def latency_seconds(traffic: Traffic, cluster: Cluster, constants: Constants) -> np.ndarray:
