@@ -7,5 +7,6 @@ from sims.all_to_all import AllToAll, simulate
 from sims.cluster import Cluster, load_cluster
 from sims.result import Result
 from sims.routing import reroute, synthetic_trace
+from sims.training import StepResult, TrainingStep
 
-__all__ = ["AllToAll", "Cluster", "Result", "load_cluster", "reroute", "simulate", "synthetic_trace"]
+__all__ = ["AllToAll", "Cluster", "Result", "StepResult", "TrainingStep", "load_cluster", "reroute", "simulate", "synthetic_trace"]
