@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from research.config import ModelConfig
 from research.presets import deepseek_v2
+from sims.routing import FAMILIES
 from sims.training.schedules import Schedule
 
 Recompute = Literal["none", "partial", "full"]
@@ -57,7 +58,7 @@ class TrainingStep:
     gradient_overlap: bool = True
     """Gradients are reduced during the backward pass of the last microbatch."""
     routing: str = "balanced"
-    """`balanced` or a synthetic family; a trace of a trained model overrules it."""
+    """A family of `sims.routing`; a trace of a trained model overrules it."""
     routing_samples: int = 4
     """Different routings that microbatches and layers take turns in."""
     speed: dict[int, float] = field(default_factory=dict)
@@ -83,6 +84,7 @@ class TrainingStep:
         _require(0 <= self.jitter < 1, f"jitter={self.jitter} must lie in 0..1")
         _require(self.jitter == 0 or self.tier == "event", f"jitter={self.jitter} needs tier=event")
         _require(self.placement in ("packed", "spread"), f"placement={self.placement!r} must be packed or spread")
+        _require(self.routing in FAMILIES, f"routing={self.routing!r} must be one of {', '.join(FAMILIES)}")
         for gpu, factor in self.speed.items():
             _require(0 <= gpu < self.gpus, f"speed.{gpu}={factor}: there is no such GPU; valid: 0 to {self.gpus - 1}")
             _require(factor > 0, f"speed.{gpu}={factor} must be > 0")
