@@ -1,6 +1,7 @@
 """`training-step`."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from sims.quantiles import Quantiles
 from sims.training import StepResult, TrainingStep, training_step
 from sims.training.door import training_step_spec
 
-FIELDS = ", ".join(name for name in TrainingStep.__dataclass_fields__ if name != "model")
+FIELDS = ", ".join(field.name for field in fields(TrainingStep) if field.name != "model")
 
 
 @app.command(
