@@ -17,9 +17,7 @@ from sims.training import efficiency
 
 @app.command("calibrate")
 def command(
-    out: Annotated[
-        Path | None, typer.Option(help="Where to write the fit of communication, alone (default: the package's own files, computing too)")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the fit of communication here, and nothing else")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Report only, write nothing")] = False,
     as_json: AsJson = False,
 ) -> None:
