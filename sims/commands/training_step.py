@@ -5,6 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from rich.table import Table
 
@@ -37,7 +38,7 @@ def training_step_command(
     expert_parallel: Annotated[int | None, typer.Option(help="GPUs that share a layer's experts; left out: the model's devices")] = None,
     tensor_parallel: Annotated[int, typer.Option(help="GPUs that share heads and FFN widths")] = 1,
     schedule: Annotated[str, typer.Option(help="1f1b, zero-bubble or dualpipe")] = "zero-bubble",
-    placement: Annotated[str, typer.Option(help="Expert-parallel groups: packed into nodes, or spread, one GPU of each node")] = "packed",
+    placement: Annotated[str, typer.Option(help="Expert-parallel groups: packed into nodes, spread (a GPU of each), or either")] = "either",
     batch_size: Annotated[int, typer.Option(help="Sequences of a step")] = 9216,
     micro_batch_size: Annotated[int, typer.Option(help="Sequences of a forward pass")] = 1,
     sequence_length: int = 4096,
@@ -76,11 +77,12 @@ def training_step_command(
 
 def _print(result: StepResult) -> None:
     spec = result.spec
-    parts = f"pipeline {spec.stages} x data {spec.data_parallel} x tensor {spec.tensor_parallel}, experts over {spec.experts_over} ({spec.placement})"
+    placement = " or ".join(result.by_placement) or spec.placement
+    parts = f"pipeline {spec.stages} x data {spec.data_parallel} x tensor {spec.tensor_parallel}, experts over {spec.experts_over} ({placement})"
     table = Table(
         "", "P10", "P50", "P90", title=f"{result.cluster.name}\n{spec.gpus} GPUs: {parts}; {spec.schedule}, {spec.microbatches} microbatches"
     )
-    rows = (
+    rows: tuple[tuple[str, np.ndarray, str], ...] = (
         ("step, s", result.seconds, "{:,.3f}"),
         ("tokens/s per GPU", result.tokens_per_second_per_gpu, "{:,.0f}"),
         ("MFU, %", 100 * result.mfu, "{:.1f}"),
@@ -88,6 +90,7 @@ def _print(result: StepResult) -> None:
         ("exposed communication, %", 100 * result.breakdown["exposed_communication"] / result.seconds, "{:.1f}"),
         ("bubble, %", 100 * result.bubble_share, "{:.1f}"),
     )
+    rows += tuple((f"  {name}: tokens/s per GPU", draws, "{:,.0f}") for name, draws in result.by_placement.items())
     for name, draws, form in rows:
         table.add_row(name, *(form.format(value) for value in Quantiles.of(draws)))
     console().print(table)

@@ -50,6 +50,10 @@ class StepResult:
     event_seconds: float | None = None
     """Of the event tier, at the point estimate of the constants."""
     notes: dict[str, str] = field(default_factory=dict)
+    by_placement: dict[str, np.ndarray] = field(default_factory=dict)
+    """With `placement: either`: tokens/s per GPU of each; `spec` is then the packed one's, and the draws are of both."""
+    point_step: Step | None = None
+    """Of one placement, where `step` pools two: what the timeline is played from."""
 
     @property
     def tokens(self) -> int:
@@ -83,7 +87,7 @@ class StepResult:
     def timeline(self) -> Timeline:
         """Every phase at the point estimate of the constants, ranks that are alike once (`copies`)."""
         timeline = Timeline()
-        event_driven(self.spec, self.step, jitter=self.spec.jitter, timeline=timeline)
+        event_driven(self.spec, self.point_step or self.step, jitter=self.spec.jitter, timeline=timeline)
         return timeline
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,6 +125,7 @@ class StepResult:
                 "microbatches": spec.microbatches,
                 "layers_per_stage": [len(layers) for layers in stage_layers(spec)],
             },
+            "by_placement": {name: quantiles(draws) for name, draws in self.by_placement.items()},
             "tokens": self.tokens,
             "events": self.events,
             "event_seconds": self.event_seconds,

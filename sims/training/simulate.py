@@ -1,6 +1,9 @@
 """The Python door: `simulate(TrainingStep(...), trace)`."""
 
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from research.errors import ConfigError
 from research.routing_trace import RoutingTrace
@@ -17,6 +20,8 @@ from sims.training.step import closed_form
 @simulate.register
 def training_step(spec: TrainingStep, trace: RoutingTrace | None = None) -> StepResult:
     """Seconds, breakdown and memory of a step.  ConfigError for GPUs that a node has not, or a trace of another shape than the model's."""
+    if spec.placement == "either":
+        return _either(spec, trace)
     cluster = load_cluster(spec.cluster)
     if spec.gpus_per_node > cluster.gpus_per_node.value:
         raise ConfigError(f"gpus_per_node = {spec.gpus_per_node}: a node of {cluster.name} has {cluster.gpus_per_node.value:.0f}")
@@ -44,6 +49,35 @@ def training_step(spec: TrainingStep, trace: RoutingTrace | None = None) -> Step
         events=events,
         event_seconds=played,
     )
+
+
+def _either(spec: TrainingStep, trace: RoutingTrace | None) -> StepResult:
+    """Packed, and spread where that is another placement and possible: the draws of both, so that each has half the weight.
+
+    Phases, waits and memory are those of the packed one.
+    """
+    packed = training_step(replace(spec, placement="packed"), trace)
+    if spec.experts_over == 1 or not spec.can_spread:
+        return packed
+    spread = training_step(replace(spec, placement="spread"), trace)
+    both = (packed, spread)
+    step = replace(
+        packed.step,
+        communication=np.concatenate([one.step.communication for one in both]),
+        recomputation=np.concatenate([one.step.recomputation for one in both]),
+    )
+    return replace(
+        packed,
+        step=step,
+        point_step=packed.step,
+        seconds=np.concatenate([one.seconds for one in both]),
+        breakdown={name: np.concatenate([one.breakdown[name] for one in both]) for name in packed.breakdown},
+        by_placement={one.spec.placement: one.tokens_per_second_per_gpu for one in both},
+        warnings=[*dict.fromkeys([*packed.warnings, *spread.warnings, EITHER])],
+    )
+
+
+EITHER = "placement = either: whether an expert-parallel group shares a node is not said, so both are run and pooled; packed or spread says it"
 
 
 def _warnings(spec: TrainingStep, cluster: str, held: Memory) -> list[str]:

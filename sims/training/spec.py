@@ -36,8 +36,9 @@ class TrainingStep:
     """GPUs that share the routed experts of a layer; None: the model's `moe.expert_devices`, 1 for a dense model."""
     tensor_parallel: int = 1
     """GPUs that share heads and FFN widths, with sequence parallelism between products; not together with expert parallelism."""
-    placement: str = "packed"
-    """Of an expert-parallel group: `packed` into as few nodes as it fits in, or `spread`, one GPU of each node."""
+    placement: str = "either"
+    """Of an expert-parallel group: `packed` into as few nodes as it fits in, or `spread`, one GPU of each node.  `either`, since the
+    paper does not say: both, equally likely, where both are possible; the draws of both are pooled."""
     schedule: Schedule = "zero-bubble"
     layers_per_stage: tuple[int, ...] | None = None
     """None: as even as possible in FLOPs, the head counted with the last stage."""
@@ -83,13 +84,18 @@ class TrainingStep:
         _require(self.seed >= 0, f"seed={self.seed} must be >= 0")
         _require(0 <= self.jitter < 1, f"jitter={self.jitter} must lie in 0..1")
         _require(self.jitter == 0 or self.tier == "event", f"jitter={self.jitter} needs tier=event")
-        _require(self.placement in ("packed", "spread"), f"placement={self.placement!r} must be packed or spread")
+        _require(self.placement in ("packed", "spread", "either"), f"placement={self.placement!r} must be packed, spread or either")
         _require(self.routing in FAMILIES, f"routing={self.routing!r} must be one of {', '.join(FAMILIES)}")
         for gpu, factor in self.speed.items():
             _require(0 <= gpu < self.gpus, f"speed.{gpu}={factor}: there is no such GPU; valid: 0 to {self.gpus - 1}")
             _require(factor > 0, f"speed.{gpu}={factor} must be > 0")
         self._check_parallelism()
         self._check_stages()
+
+    @property
+    def can_spread(self) -> bool:
+        """Whether the GPUs of an expert-parallel group can each be on a node of their own."""
+        return self.nodes % self.experts_over == 0
 
     def _check_parallelism(self) -> None:
         tensor, experts, stages = self.tensor_parallel, self.experts_over, self.stages
@@ -114,7 +120,7 @@ class TrainingStep:
             _require(count % experts == 0, f"expert_parallel={experts} must divide model.moe.n_routed_experts={count}")
         _require(experts == 1 or tensor == 1, f"expert_parallel={experts} with tensor_parallel={tensor}: one of them must be 1")
         if self.placement == "spread":
-            _require(self.nodes % experts == 0, f"placement=spread: expert_parallel={experts} GPUs on as many nodes must divide nodes={self.nodes}")
+            _require(self.can_spread, f"placement=spread: expert_parallel={experts} GPUs on as many nodes must divide nodes={self.nodes}")
         elif experts > self.gpus_per_node:
             _require(experts % self.gpus_per_node == 0, f"expert_parallel={experts} must be a multiple of gpus_per_node={self.gpus_per_node}")
         else:

@@ -34,7 +34,24 @@ from sims.training.step import CATEGORIES, closed_form
 def small(**changes):
     """16 GPUs, a DeepSeek-V2 of 12 layers, 16 microbatches in each of 8 pipelines of two stages."""
     model = replace(preset("deepseek-v2"), num_hidden_layers=12)
-    return TrainingStep(**{"model": model, "nodes": 2, "pipeline_parallel": 2, "batch_size": 128, **changes})
+    return TrainingStep(**{"model": model, "nodes": 2, "pipeline_parallel": 2, "batch_size": 128, "placement": "packed", **changes})
+
+
+def test_a_placement_that_is_not_known_pools_both():
+    model = replace(preset("deepseek-v2"), num_hidden_layers=4)
+    spec = TrainingStep(model=model, nodes=8, pipeline_parallel=2, batch_size=64, draws=8)
+    found = {placement: simulate(replace(spec, placement=placement)) for placement in ("either", "packed", "spread")}
+    either = found["either"]
+    np.testing.assert_array_equal(either.seconds, np.concatenate([found["packed"].seconds, found["spread"].seconds]))
+    np.testing.assert_allclose(sum(either.breakdown.values()), either.seconds, rtol=1e-9)
+    answer = either.to_dict()
+    assert sum(answer["breakdown"].values()) == pytest.approx(answer["step_seconds"]["p50"], rel=1e-9)
+    assert list(answer["by_placement"]) == ["packed", "spread"]
+    assert any("placement = either" in warning for warning in answer["warnings"])
+    assert len(either.timeline().phases) == len(found["packed"].timeline().phases)
+    alone = simulate(replace(spec, nodes=1, pipeline_parallel=1))
+    assert not alone.by_placement
+    assert alone.spec.placement == "packed"
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -227,7 +244,7 @@ def test_the_command_answers_the_same_bytes_twice_and_takes_fields_by_name():
         (["--batch-size", "12"], "batch_size=12 must be a multiple of 8"),
         (["--set", "layers_per_stage=[3, 4]"], "layers_per_stage=[3, 4] must be 2 numbers"),
         (["--placement", "spread"], "expert_parallel=8 GPUs on as many nodes must divide nodes=2"),
-        (["--placement", "near"], "placement='near' must be packed or spread"),
+        (["--placement", "near"], "placement='near' must be packed, spread or either"),
         (["--schedule", "gpipe"], "schedule = 'gpipe'"),
         (["--schedule", "dualpipe", "--batch-size", "24"], "batch_size=24 gives 3"),
         (["--set", "device_limt=2"], "did you mean 'device_limit'"),
