@@ -56,7 +56,7 @@ class Scheduler:
 
 @dataclass(kw_only=True, slots=True)
 class Log:
-    """What happened: a row (COLUMNS) per event, and for each request the events at whose end it had its first and its last token."""
+    """What happened, event by event, and which events were which to each request."""
 
     rows: np.ndarray
     seconds: np.ndarray
@@ -68,11 +68,15 @@ class Log:
     """int64 (events,), sequences while the event lasts."""
     free_blocks: np.ndarray
     """int64 (events,), of the fullest rank."""
+    prompt_tokens: np.ndarray
     generated: np.ndarray
-    """int64 (events,), tokens of all ranks that were new to a request."""
+    """int64 (events,), of all ranks: prompt tokens computed, and tokens that were new to a request."""
+    issued_event: np.ndarray
     admitted_event: np.ndarray
+    """int64 (N,), events at whose start a request came (in a closed loop) and was first admitted."""
     first_event: np.ndarray
     last_event: np.ndarray
+    """int64 (N,), events at whose end it had its first and its last token."""
     tokens: np.ndarray
     """int64 (N,), tokens that each request was given."""
     preemptions: int
@@ -118,7 +122,7 @@ class Engine:
         self.preemptions, self.recomputed = 0, 0
         self.in_system, self.changed, self.sequence_seconds = 0, 0.0, 0.0
         self.events: list[tuple[Any, ...]] = []
-        self.admitted_event, self.first_event, self.last_event = (np.full(count, -1) for _ in range(3))
+        self.issued_event, self.admitted_event, self.first_event, self.last_event = (np.full(count, -1) for _ in range(4))
         self.environment = simpy.Environment()
         self.arrival = self.environment.event()
 
@@ -126,7 +130,7 @@ class Engine:
         self.environment.process(self._arrivals())
         self.environment.run(self.environment.process(self._steps()))
         columns = list(zip(*self.events, strict=True))
-        rows, seconds, start, residents, waiting, free, generated = (np.array(column) for column in columns)
+        rows, seconds, start, residents, waiting, free, prompts, generated = (np.array(column) for column in columns)
         return Log(
             rows=rows,
             seconds=seconds,
@@ -134,7 +138,9 @@ class Engine:
             residents=residents,
             waiting=waiting,
             free_blocks=free,
+            prompt_tokens=prompts,
             generated=generated,
+            issued_event=self.issued_event,
             admitted_event=self.admitted_event,
             first_event=self.first_event,
             last_event=self.last_event,
@@ -157,8 +163,9 @@ class Engine:
             self._arrive(until - at)
             at = until
 
-    def _arrive(self, count: int) -> None:
+    def _arrive(self, count: int, event: int = 0) -> None:
         self._count(count)
+        self.issued_event[self.arrived : self.arrived + count] = event
         self.state.waiting.extend(range(self.arrived, self.arrived + count))
         self.arrived += count
         self.arrival.succeed()
@@ -185,8 +192,9 @@ class Engine:
             slowest[7] = steps
             seconds = steps * self.cost.step_seconds(slowest)
             at = (slowest, seconds, self.environment.now, int(self.residents.sum()), len(self.state.waiting), int(self.free.min()))
+            prompts = sum(size for _, size in chunks)
             yield self.environment.timeout(seconds)
-            self.events.append((*at, self._finish(chunks, steps)))
+            self.events.append((*at, prompts, self._finish(chunks, steps)))
 
     def _admit(self) -> None:
         """First come, first served: the first that does not fit keeps those behind it waiting."""
@@ -328,4 +336,4 @@ class Engine:
         self.finished += len(gone)
         self._count(-len(gone))
         if self.clients is not None and self.arrived < len(self.requests):
-            self._arrive(min(len(gone), len(self.requests) - self.arrived))
+            self._arrive(min(len(gone), len(self.requests) - self.arrived), event + 1)
