@@ -10,9 +10,9 @@ they cost a pass over memory of their own: norms, keys put together from their t
 products, sorting tokens by expert and back.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -24,6 +24,12 @@ Pass = Literal["forward", "backward-input", "backward-weights", "prefill", "deco
 KINDS: tuple[Kind, ...] = ("attention", "dense_gemm", "grouped_gemm", "memory")
 ACTIVATION, FLOAT32 = 2.0, 4.0
 """Bytes of an activation (bfloat16) and of a gradient that is accumulated."""
+
+
+class Efficiencies(Protocol):
+    """Draws of each constant by name: `sims.constants.Constants`, or a plain dict."""
+
+    def __getitem__(self, name: str, /) -> np.ndarray: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +49,18 @@ class Operation:
     recomputed: bool = False
 
 
-def operation_seconds(operation: Operation, cluster: Cluster, constants: Mapping[str, np.ndarray], sms_share: float = 1.0) -> np.ndarray:
+def operation_seconds(operation: Operation, cluster: Cluster, constants: Efficiencies, sms_share: float = 1.0) -> np.ndarray:
     """float64 (draws,).  `sms_share` of the SMs compute: those of a collective that runs meanwhile do not.
 
-    A grouped GEMM of m rows per expert reaches m / (m + grouped_gemm_half_tokens) of grouped_gemm_efficiency: rows are
-    padded to whole tiles, and few rows leave SMs without work.  Memory-bound work is bytes alone.
+    A grouped GEMM reaches grouped_gemm_share of a dense one's efficiency, times m / (m + grouped_gemm_half_tokens) for m rows
+    per expert: rows are padded to whole tiles, and few rows leave SMs without work.  Memory-bound work is bytes alone.
     """
     moved = operation.bytes / (cluster.hbm_bytes_per_second.value * constants["memory_efficiency"])
     if operation.kind == "memory" or not operation.flops:
         return moved
-    efficiency = constants[f"{operation.kind}_efficiency"]
+    efficiency = constants["attention_efficiency" if operation.kind == "attention" else "dense_gemm_efficiency"]
+    if operation.kind == "grouped_gemm":
+        efficiency = efficiency * constants["grouped_gemm_share"]
     if operation.tokens_per_expert is not None:
         rows = operation.tokens_per_expert
         efficiency = efficiency * rows / (rows + constants["grouped_gemm_half_tokens"])
@@ -145,7 +153,7 @@ def _mla_projections(model: ModelConfig, work: Work, heads: float) -> list[Opera
         query = gemm("queries", d, heads * a.qk_head_dim, work)
     else:
         query = [*gemm("query latent", d, a.q_lora_rank, work), *norm("query norm", a.q_lora_rank, work)]
-        query += gemm("queries", a.q_lora_rank, heads * a.qk_head_dim, work)
+        query += gemm("queries from latent", a.q_lora_rank, heads * a.qk_head_dim, work)
     down = [*gemm("key/value latent", d, latent + rotary, work), *norm("latent norm", latent, work)]
     turned = 2 * heads * rotary + 2 * rotary
     if work.phase == "decode":

@@ -15,7 +15,7 @@ from sims.roofline import Operation, Work, embedding_operations, head_operations
 CONSTANTS = {
     "attention_efficiency": np.array([0.4, 0.5]),
     "dense_gemm_efficiency": np.array([0.6, 0.7]),
-    "grouped_gemm_efficiency": np.array([0.5, 0.6]),
+    "grouped_gemm_share": np.array([0.8, 0.9]),
     "grouped_gemm_half_tokens": np.array([64.0, 128.0]),
     "memory_efficiency": np.array([0.8, 0.9]),
 }
@@ -98,7 +98,9 @@ def test_an_operation_takes_the_longer_of_computing_and_moving(kind):
     compute, move = Operation("x", kind, 1e15, 1.0, rows), Operation("x", kind, 1.0, 1e12, rows)
     np.testing.assert_allclose(operation_seconds(move, cluster, CONSTANTS), 1e12 / (3.35e12 * CONSTANTS["memory_efficiency"]), rtol=1e-12)
     if kind != "memory":
-        efficiency = CONSTANTS[f"{kind}_efficiency"] * ([64 / 128, 64 / 192] if rows else 1)
+        efficiency = CONSTANTS["attention_efficiency" if kind == "attention" else "dense_gemm_efficiency"]
+        if rows:
+            efficiency = efficiency * CONSTANTS["grouped_gemm_share"] * [64 / 128, 64 / 192]
         np.testing.assert_allclose(operation_seconds(compute, cluster, CONSTANTS), 1e15 / 989e12 / efficiency, rtol=1e-12)
         np.testing.assert_allclose(operation_seconds(compute, cluster, CONSTANTS, sms_share=0.5), 2e15 / 989e12 / efficiency, rtol=1e-12)
         fp8 = replace(compute, compute_bits=8)
