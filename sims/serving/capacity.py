@@ -50,11 +50,22 @@ class Capacity:
         return asdict(self)
 
 
-def layout(spec: Serving, model: ModelConfig) -> Layout:
+def fit(spec: Serving, model: ModelConfig, cluster: Cluster) -> tuple[Layout, Capacity]:
+    """With `tensor_parallel` null, the degree that leaves the most room for cache (the least such).
+
+    ConfigError for degrees that do not divide what they split, and for what does not fit.
+    """
+    heads = model.attention.num_attention_heads
+    degrees = [n for n in range(1, spec.gpus_per_node + 1) if spec.gpus_per_node % n == 0 and heads % n == 0]
+    if spec.tensor_parallel is not None:
+        return _checked(spec, model, cluster, layout(spec, model, spec.tensor_parallel))
+    rooms = [(layout(spec, model, shards), _room(spec, model, cluster, layout(spec, model, shards))) for shards in degrees]
+    best, _ = max(rooms, key=lambda pair: (pair[1].tokens, pair[1].cache_bytes))
+    return _checked(spec, model, cluster, best)
+
+
+def layout(spec: Serving, model: ModelConfig, shards: int) -> Layout:
     """ConfigError for degrees that do not divide what they split."""
-    shards = spec.tensor_parallel
-    if shards is None:
-        shards = 1 if model.attention.kind == "mla" else spec.gpus_per_node
     if spec.gpus_per_node % shards:
         raise ConfigError(f"tensor_parallel = {shards}: must divide gpus_per_node = {spec.gpus_per_node} (a sequence's heads stay in one node)")
     heads = model.attention.num_attention_heads
@@ -100,21 +111,26 @@ def activation_bytes(model: ModelConfig, split: Layout, tokens: int) -> float:
     return 2.0 * tokens * (2 * d + max(widths) / split.tensor_parallel)
 
 
-def capacity(spec: Serving, model: ModelConfig, cluster: Cluster, split: Layout) -> Capacity:
-    """ConfigError if weights and activations leave no room for a cache."""
+def _checked(spec: Serving, model: ModelConfig, cluster: Cluster, split: Layout) -> tuple[Layout, Capacity]:
+    room = _room(spec, model, cluster, split)
+    if room.tokens_per_rank < spec.block_tokens:
+        usable = room.memory_bytes - room.runtime_bytes
+        raise ConfigError(
+            f"model = {model_name(spec.model)}: weights of {room.weights_bytes / 1e9:.1f} GB (weight_bits = {spec.weight_bits}, tensor_parallel = "
+            f"{split.tensor_parallel}) and activations of {room.activation_bytes / 1e9:.1f} GB (max_batched_tokens = {spec.max_batched_tokens}) "
+            f"leave no room for a cache in the {usable / 1e9:.1f} GB that memory_utilization = {spec.memory_utilization} allows of each GPU of "
+            f"{cluster.name}; take more GPUs, fewer bits or a larger tensor_parallel"
+        )
+    return split, room
+
+
+def _room(spec: Serving, model: ModelConfig, cluster: Cluster, split: Layout) -> Capacity:
     memory = cluster.hbm_bytes.value
     weights, activations = weights_per_gpu(model, split, spec.weight_bits), activation_bytes(model, split, spec.max_batched_tokens)
     usable = spec.memory_utilization * memory
     room = usable - weights - activations
     per_token, per_gpu = kv_bytes(spec, model, split)
-    blocks = int(room // (per_gpu * spec.block_tokens))
-    if blocks < 1:
-        raise ConfigError(
-            f"model = {model_name(spec.model)}: weights of {weights / 1e9:.1f} GB at weight_bits = {spec.weight_bits} and activations of "
-            f"{activations / 1e9:.1f} GB at max_batched_tokens = {spec.max_batched_tokens} leave no room for a cache in the {usable / 1e9:.1f} GB "
-            f"that memory_utilization = {spec.memory_utilization} allows of each {cluster.name} GPU; take more GPUs, fewer bits or a larger tensor_parallel"
-        )
-    tokens = blocks * spec.block_tokens
+    tokens = max(0, int(room // (per_gpu * spec.block_tokens))) * spec.block_tokens
     return Capacity(
         memory_bytes=memory,
         weights_bytes=weights,
@@ -141,4 +157,3 @@ def kv_bytes(spec: Serving, model: ModelConfig, split: Layout) -> tuple[float, f
     )
     shared = 1 if model.attention.kind == "mla" else min(split.tensor_parallel, model.attention.key_value_heads)
     return whole, whole / shared
-

@@ -196,7 +196,10 @@ class Cost:
         """float64 (draws,), of one FLOP; nothing where bytes alone count."""
         if line.kind == "memory":
             return np.zeros_like(self.byte_seconds)
-        return 1 / (peak(self.cluster, line.compute_bits) * sms_share * self.constants[f"{line.kind}_efficiency"])
+        efficiency = self.constants["attention_efficiency" if line.kind == "attention" else "dense_gemm_efficiency"]
+        if line.kind == "grouped_gemm":
+            efficiency = efficiency * self.constants["grouped_gemm_share"]
+        return 1 / (peak(self.cluster, line.compute_bits) * sms_share * efficiency)
 
     def of_draw(self, draw: int) -> "Cost":
         """With one draw of the constants as the best estimate."""

@@ -9,14 +9,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from research.config import ModelConfig
+from research.errors import ConfigError
 from research.routing_trace import RoutingTrace
-from sims.all_to_all import collective_seconds
 from sims.cluster import Cluster
+from sims.collective import collective_seconds
 from sims.constants import Constants
+from sims.routing import reroute, synthetic_trace
 from sims.serving.capacity import Layout
 from sims.serving.spec import Serving
 from sims.traffic import dispatch, needed_devices, payload_bytes
 
+TOKENS = 8192
+"""Of a synthetic trace."""
 WINDOWS = 16
 """Batches over which the busiest GPU is averaged."""
 
@@ -45,7 +49,11 @@ class ExpertWork:
 
         experts = np.minimum(between(self.experts), self.experts.max())
         return ExpertWork(
-            tokens=tokens, pairs=between(self.pairs), experts=experts, dispatch=between(self.dispatch[:, draws]), combine=between(self.combine[:, draws])
+            tokens=tokens,
+            pairs=between(self.pairs),
+            experts=experts,
+            dispatch=between(self.dispatch[:, draws]),
+            combine=between(self.combine[:, draws]),
         )
 
 

@@ -89,7 +89,7 @@ def _read(path: Path) -> np.ndarray:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             if missing := {"prompt", "output"} - set(reader.fieldnames or ()):
-                raise DataError(f"{path}: has no column {', '.join(sorted(missing))}; its columns are {reader.fieldnames}, needed are prompt and output")
+                raise DataError(f"{path}: has no column {', '.join(sorted(missing))}; it has {reader.fieldnames}")
             rows = [[_tokens(row[name], name, f"{path}:{reader.line_num}") for name in ("prompt", "output")] for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: lengths cannot be read ({error})") from error

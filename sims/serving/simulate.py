@@ -1,7 +1,6 @@
 """From the question to the answer."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,7 +10,7 @@ from research.routing_trace import RoutingTrace
 from sims.cluster import Cluster, load_cluster
 from sims.constants import Constants, load_constants, outside
 from sims.quantiles import Quantiles
-from sims.serving.capacity import Capacity, Layout, capacity, layout
+from sims.serving.capacity import Capacity, Layout, fit
 from sims.serving.cost import Cost
 from sims.serving.engine import Engine, Log, Scheduler
 from sims.serving.experts import expert_work, model_trace
@@ -44,8 +43,7 @@ def server(spec: Serving, trace: RoutingTrace | None = None) -> Server:
         raise ConfigError(f"gpus_per_node = {spec.gpus_per_node}: a node of {cluster.name} has {cluster.gpus_per_node.value:.0f}")
     if spec.compute_bits == 8 and cluster.fp8_flops_per_second is None:
         raise ConfigError(f"compute_bits = 8: {cluster.name} has no FP8 tensor cores (fp8_flops_per_second is not given); valid: 16")
-    split = layout(spec, model)
-    room = capacity(spec, model, cluster, split)
+    split, room = fit(spec, model, cluster)
     constants = load_constants(cluster, spec.draws)
     sms = cluster.communication_sms.value if spec.sms is None else float(spec.sms)
     if sms >= cluster.sms.value:

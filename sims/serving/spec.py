@@ -9,6 +9,7 @@ from research.config import ModelConfig
 from research.configfile import nearest, read_yaml, resolve_model, validate
 from research.errors import ConfigError
 from research.presets import PRESETS, preset
+from sims.routing import Family
 from sims.serving.requests import Lengths
 
 WEIGHT_BITS = (16, 8, 4)
@@ -30,7 +31,7 @@ class Serving:
     nodes: int = 1
     gpus_per_node: int = 8
     tensor_parallel: int | None = None
-    """GPUs that share one sequence's attention; null: 1 for MLA, whose latent each of them would have to hold, a node's otherwise."""
+    """GPUs that share one sequence's attention; null: as many as leave the most room for cache (each of them holds MLA's whole latent)."""
     weight_bits: int = 16
     kv_bits: int = 16
     kv_as_stored: bool = False
@@ -54,7 +55,7 @@ class Serving:
     """Closed loop: so many clients, each with one request at a time; null without a rate: there is always one waiting."""
     requests: int | None = None
     """Simulated; null: six times as many as are resident, 200 to 60,000."""
-    routing: str = "random"
+    routing: Family = "random"
     """Family of `sims.routing` by which tokens choose experts; see also `trace`."""
     device_limit: int | Literal["model"] | None = "model"
     """M; `model`: the model's own; null: unrestricted."""
