@@ -188,9 +188,12 @@ class Cost:
         self.link_latency = cluster.nvlink_latency_seconds.value * constants["all_reduce_latency_factor"]
         self.link_seconds = 1 / (cluster.nvlink_bytes_per_second.value * constants["nvlink_efficiency"])
         self.host = constants["serving_step_overhead_seconds"]
-        apart = [i for i, line in enumerate(self.lines) if not line.shared]
-        self.own_flops = np.array([self.lines[i].flops * self.flop_seconds[i][0] for i in apart])
-        self.own_bytes = np.array([self.lines[i].bytes * self.byte_seconds[0] for i in apart])
+        # At the best estimate: seconds of each line for one of each variable, float64 (lines, VARIABLES).
+        self.best_flops = np.array([line.flops * each[0] for line, each in zip(self.lines, self.flop_seconds, strict=True)])
+        self.best_bytes = np.array([line.bytes * self.byte_seconds[0] for line in self.lines])
+        self.grouped = np.array([line.kind == "grouped_gemm" for line in self.lines])
+        self.apart = np.array([not line.shared for line in self.lines])
+        self.moe_layers = len(model.moe_layers)
 
     def _flop_seconds(self, line: Line, sms_share: float) -> np.ndarray:
         """float64 (draws,), of one FLOP; nothing where bytes alone count."""
@@ -211,10 +214,19 @@ class Cost:
 
     def rank_seconds(self, rows: np.ndarray) -> np.ndarray:
         variables = self._variables(rows, None)
-        return np.maximum(variables @ self.own_flops.T, variables @ self.own_bytes.T).sum(1)
+        return np.maximum(variables @ self.best_flops[self.apart].T, variables @ self.best_bytes[self.apart].T).sum(1)
 
     def step_seconds(self, row: np.ndarray) -> float:
-        return float(sum(self._parts(row[None], slice(0, 1))[0].values())[0, 0])
+        """As `price` at the best estimate, without the parts."""
+        if self.spec.overlap:
+            return float(sum(self._parts(row[None], slice(0, 1))[0].values())[0, 0])
+        rows = row[None]
+        work = self.experts.at(rows[:, 5], slice(0, 1)) if self.experts else None
+        variables = self._variables(rows, work)[0]
+        compute, moved = self.best_flops @ variables, self.best_bytes @ variables
+        if work is not None:
+            compute[self.grouped] *= 1 + self.half_tokens[0] / max(work.pairs[0] / max(work.experts[0], 1e-9), 1e-9)
+        return float(np.maximum(compute, moved).sum() + self._communication(rows, work, slice(0, 1))[0, 0] + self.host[0])
 
     def part_seconds(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """PARTS to float64 (S,): events (S, COLUMNS) at the best estimate, each with all its steps."""
@@ -281,7 +293,7 @@ class Cost:
         """float64 (S, draws): all-to-alls of the MoE layers, and two all-reduces of each layer within a tensor-parallel group."""
         seconds = np.zeros((len(rows), len(self.byte_seconds[draws])))
         if work is not None:
-            seconds += len(self.model.moe_layers) * (work.dispatch + work.combine)
+            seconds += self.moe_layers * (work.dispatch + work.combine)
         shards, layers = self.split.tensor_parallel, self.model.num_hidden_layers
         if shards > 1:
             sent = 2 * (shards - 1) / shards * 2.0 * self.model.hidden_size * (rows[:, 0] + rows[:, 2])

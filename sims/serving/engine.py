@@ -63,6 +63,8 @@ class Log:
     """float64 (events,), each with all its steps, at the best estimate."""
     start: np.ndarray
     """float64 (events,): a gap before it is a time without work."""
+    rank_waiting: np.ndarray
+    """float64 (events,): share of the slowest rank's own work that the average rank waits for it."""
     residents: np.ndarray
     waiting: np.ndarray
     """int64 (events,), sequences while the event lasts."""
@@ -130,11 +132,12 @@ class Engine:
         self.environment.process(self._arrivals())
         self.environment.run(self.environment.process(self._steps()))
         columns = list(zip(*self.events, strict=True))
-        rows, seconds, start, residents, waiting, free, prompts, generated = (np.array(column) for column in columns)
+        rows, seconds, start, rank_waiting, residents, waiting, free, prompts, generated = (np.array(column) for column in columns)
         return Log(
             rows=rows,
             seconds=seconds,
             start=start,
+            rank_waiting=rank_waiting,
             residents=residents,
             waiting=waiting,
             free_blocks=free,
@@ -184,17 +187,18 @@ class Engine:
                 continue
             self._make_room()
             rows, chunks = self._compose()
-            slowest = rows[int(np.argmax(self.cost.rank_seconds(rows)))] if len(rows) > 1 else rows[0]
+            each = self.cost.rank_seconds(rows)
+            slowest = rows[int(np.argmax(each))]
             slowest[5] = rows[:, 0].sum() + rows[:, 2].sum()
             steps = 1 if chunks else self._alike(slowest)
             # The cost is linear in the context as long as one rank stays the slowest: n steps cost n times their mean.
             slowest[1] += slowest[0] * (steps - 1) / 2
             slowest[7] = steps
             seconds = steps * self.cost.step_seconds(slowest)
-            at = (slowest, seconds, self.environment.now, int(self.residents.sum()), len(self.state.waiting), int(self.free.min()))
-            prompts = sum(size for _, size in chunks)
+            at = (slowest, seconds, self.environment.now, 1 - each.mean() / each.max(), int(self.residents.sum()), len(self.state.waiting))
+            counts = (int(self.free.min()), sum(size for _, size in chunks))
             yield self.environment.timeout(seconds)
-            self.events.append((*at, prompts, self._finish(chunks, steps)))
+            self.events.append((*at, *counts, self._finish(chunks, steps)))
 
     def _admit(self) -> None:
         """First come, first served: the first that does not fit keeps those behind it waiting."""

@@ -14,7 +14,7 @@ from research.routing_trace import RoutingTrace
 from sims.cluster import Cluster
 from sims.collective import collective_seconds
 from sims.constants import Constants
-from sims.routing import reroute, synthetic_trace
+from sims.routing import Family, reroute, synthetic_trace
 from sims.serving.capacity import Layout
 from sims.serving.spec import Serving
 from sims.traffic import dispatch, needed_devices, payload_bytes
@@ -117,25 +117,30 @@ def _collectives(
     )
 
 
-def model_trace(spec: Serving, model: ModelConfig, trace: RoutingTrace | None) -> RoutingTrace:
-    """The trace that was given, re-routed if another device limit was asked for, or random tokens; ConfigError where it is another model's."""
+def model_trace(
+    model: ModelConfig, trace: RoutingTrace | None, *, routing: Family, device_limit: int | str | None, tokens: int, seed: int
+) -> RoutingTrace:
+    """The trace that was given, re-routed if another device limit than the model's was asked for, or made-up tokens.
+
+    ConfigError for a limit that the experts do not fit, and for a trace of another model's experts.
+    """
     moe = model.moe
     assert moe is not None
-    limit = moe.device_limit if spec.device_limit == "model" else spec.device_limit
-    if limit is not None and not -(-moe.num_experts_per_tok // moe.experts_per_device) <= limit <= moe.expert_devices:
-        least = -(-moe.num_experts_per_tok // moe.experts_per_device)
+    limit = moe.device_limit if isinstance(device_limit, str) else device_limit
+    least = -(-moe.num_experts_per_tok // moe.experts_per_device)
+    if limit is not None and not least <= limit <= moe.expert_devices:
         raise ConfigError(f"device_limit = {limit}: must lie in {least}..{moe.expert_devices} (expert_devices of the model), or be null")
     if trace is None:
         return synthetic_trace(
-            spec.routing,
-            tokens=TOKENS,
+            routing,
+            tokens=tokens,
             n_routed_experts=moe.n_routed_experts,
             num_experts_per_tok=moe.num_experts_per_tok,
             expert_devices=moe.expert_devices,
             device_limit=limit,
-            seed=spec.seed,
+            seed=seed,
         )
     found, wanted = (trace.n_routed_experts, trace.num_experts_per_tok), (moe.n_routed_experts, moe.num_experts_per_tok)
     if found != wanted:
         raise ConfigError(f"trace: of {found[0]} experts, {found[1]} per token; the model has {wanted[0]} and {wanted[1]}")
-    return trace if spec.device_limit == "model" else reroute(trace, limit)
+    return trace if isinstance(device_limit, str) else reroute(trace, limit)

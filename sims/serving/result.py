@@ -42,6 +42,8 @@ class Served:
     requests_per_second: Quantiles
     residents: float
     """Sequences at a time, mean over time."""
+    rank_waiting_share: float
+    """Share of a step's own work that the average rank waits for the slowest one."""
     cache_used: float
     """Share of the fullest rank's blocks, mean over time."""
     steps: int

@@ -13,11 +13,12 @@ from sims.quantiles import Quantiles
 from sims.serving.capacity import Capacity, Layout, fit
 from sims.serving.cost import Cost
 from sims.serving.engine import Engine, Log, Scheduler
-from sims.serving.experts import expert_work, model_trace
+from sims.serving.experts import TOKENS, expert_work, model_trace
 from sims.serving.requests import Requests, draw_requests
 from sims.serving.result import CurvePoint, Served, ServingResult
 from sims.serving.spec import Serving, model_config, model_name
 from sims.serving.steady import Means, elasticities, means, prompt_rate, residents, saturated
+from sims.simulation import simulate
 
 LEAST, MOST, TURNOVERS = 200, 60_000, 6
 SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
@@ -50,11 +51,17 @@ def server(spec: Serving, trace: RoutingTrace | None = None) -> Server:
         raise ConfigError(f"sms = {sms:.0f}: must be < {cluster.sms.value:.0f}, the SMs of {cluster.name}")
     work = None
     if model.moe is not None:
-        work = expert_work(spec, model, split, model_trace(spec, model, trace), cluster, constants, sms)
+        routed = model_trace(model, trace, routing=spec.routing, device_limit=spec.device_limit, tokens=TOKENS, seed=spec.seed)
+        work = expert_work(spec, model, split, routed, cluster, constants, sms)
     elif trace is not None:
         raise ConfigError(f"model = {model_name(spec.model)}: is dense, a routing trace has nothing to say about it; leave it out")
     cost = Cost(spec, model, split, cluster, constants, work, sms=sms)
     return Server(spec=spec, model=model, cluster=cluster, constants=constants, split=split, room=room, cost=cost)
+
+
+@simulate.register
+def _(spec: Serving, trace: RoutingTrace | None = None) -> ServingResult:
+    return simulate_serving(spec, trace)
 
 
 def simulate_serving(spec: Serving, trace: RoutingTrace | None = None) -> ServingResult:
@@ -164,11 +171,14 @@ def _measure(host: Server, requests: Requests, runs: list[tuple[Log, np.ndarray]
     return Served(
         requests=len(requests) * replicas,
         seconds=over("seconds"),
-        window="whole run" if whole else f"from {log.start[start]:.1f} s to {log.start[stop - 1] + log.seconds[stop - 1]:.1f} s at the best estimate",
+        window="the whole run"
+        if whole
+        else f"the time from {log.start[start]:.1f} s to {log.start[stop - 1] + log.seconds[stop - 1]:.1f} s at the best estimate",
         generated_tokens_per_second=_scaled(over("generated"), scale),
         prompt_tokens_per_second=_scaled(over("prompt"), scale),
         requests_per_second=_scaled(over("requests"), scale),
         residents=float(np.average(log.residents[inside], weights=weight)) * replicas,
+        rank_waiting_share=float(np.average(log.rank_waiting[inside], weights=weight)),
         cache_used=float(1 - np.average(log.free_blocks[inside], weights=weight) / _scheduler(host).blocks),
         steps=int(log.rows[:, 7].sum()),
         preemptions=log.preemptions * replicas,
@@ -207,14 +217,17 @@ def _rates(host: Server, requests: Requests, log: Log, seconds: np.ndarray, *, e
     end = begin[:-1] + seconds
     first, last = end[log.first_event], end[log.last_event]
     span = end[stop - 1] - begin[start]
-    later = requests.output > 1
+    # Where the server is always full, requests that came while it filled up or was emptied are left out.
+    steady = (log.admitted_event >= start) & (log.admitted_event < stop) if closed else np.ones(len(requests), bool)
+    steady = steady if steady.any() else np.ones(len(requests), bool)
+    later = steady & (requests.output > 1)
     found = {
         "seconds": end[-1] - (0.0 if closed else requests.arrival[0]),
         "generated": log.generated[start:stop].sum() / span,
         "prompt": log.prompt_tokens[start:stop].sum() / span,
         "requests": ((log.last_event >= start) & (log.last_event < stop)).sum() / span,
     }
-    each = {"ttft": first - came, "latency": last - came}
+    each = {"ttft": (first - came)[steady], "latency": (last - came)[steady]}
     if later.any():
         each["tpot"] = (last - first)[later] / (requests.output[later, None] - 1)
     for name in ("ttft", "tpot", "latency"):

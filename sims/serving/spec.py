@@ -46,8 +46,8 @@ class Serving:
     """`paged`: blocks as a sequence grows; the youngest is computed again when they run out.  `reserve`: all its blocks at once."""
     max_batch: int | None = None
     """Sequences at a time over all ranks; null: as many as the cache holds."""
-    max_batched_tokens: int = 8192
-    """Generated and prompt tokens of one step, per attention rank (chunked prefill)."""
+    max_batched_tokens: int = 4096
+    """Generated and prompt tokens of one step, per attention rank (chunked prefill).  All ranks wait for the one with the longest chunk."""
     lengths: Lengths = field(default_factory=Lengths)
     rate: float | None = None
     """Poisson arrivals per second; null: saturation, or `clients`."""
@@ -122,12 +122,22 @@ def model_config(model: Any, source: str = "serving") -> ModelConfig:
     """By name, file, mapping or value."""
     if isinstance(model, ModelConfig):
         return model
-    if isinstance(model, str) and model not in PRESETS:
-        if not Path(model).is_file():
-            raise ConfigError(f"{source}: model = {model!r}: no such preset or file{nearest(model, PRESETS)}")
-        content = read_yaml(model)
-        source, model = model, content.get("model", content)
-    return preset(model) if isinstance(model, str) else validate(_Holder, {"model": resolve_model(model, source)}, source).model
+    if isinstance(model, str) and model in PRESETS:
+        return preset(model)
+    return validate(_Holder, {"model": resolve_model(model_mapping(model, source), source)}, source).model
+
+
+def model_mapping(model: Any, source: str = "serving") -> dict[str, Any]:
+    """Nested values over which `model.*` overrides can be laid: `preset`, or what the file holds (a model, or a run with one)."""
+    if not isinstance(model, str):
+        return model
+    if model in PRESETS:
+        return {"preset": model}
+    if not Path(model).is_file():
+        raise ConfigError(f"{source}: model = {model!r}: no such preset or file{nearest(model, PRESETS)}")
+    content = read_yaml(model)
+    inner = content.get("model", content)
+    return {"preset": inner} if isinstance(inner, str) else inner
 
 
 def model_name(model: str | ModelConfig) -> str:
