@@ -159,9 +159,7 @@ class Layers:
             return []
         return [replace(operation, recomputed=True) for operation in operations if operation.name in REBUILT]
 
-    def _experts(
-        self, index: int, phase: str, shared: Sequence[Operation], speeds: tuple[float, ...], names: tuple[str, str]
-    ) -> list[Segment]:
+    def _experts(self, index: int, phase: str, shared: Sequence[Operation], speeds: tuple[float, ...], names: tuple[str, str]) -> list[Segment]:
         """Tokens out, routed experts, tokens back, the shared experts beside the two ways as far as they fit."""
         routed = self._routed("experts", phase, index, speeds)
         beside = self._compute("shared experts", shared, speeds)

@@ -101,7 +101,9 @@ class TrainingStep:
             _require(count % experts == 0, f"expert_parallel={experts} must divide model.moe.n_routed_experts={count}")
         _require(experts == 1 or tensor == 1, f"expert_parallel={experts} with tensor_parallel={tensor}: one of them must be 1")
         if self.placement == "spread":
-            _require(self.nodes % experts == 0, f"placement=spread puts expert_parallel={experts} GPUs on as many nodes: it must divide nodes={self.nodes}")
+            _require(
+                self.nodes % experts == 0, f"placement=spread puts expert_parallel={experts} GPUs on as many nodes: it must divide nodes={self.nodes}"
+            )
         elif experts > self.gpus_per_node:
             _require(experts % self.gpus_per_node == 0, f"expert_parallel={experts} must be a multiple of gpus_per_node={self.gpus_per_node}")
         else:
