@@ -13,7 +13,7 @@ from research import accounting
 from research.configfile import validate
 from research.errors import ConfigError
 from research.presets import preset
-from sims import load_cluster, simulate
+from sims import load_cluster, simulate, synthetic_trace
 from sims.__main__ import app
 from sims.collective import collective_seconds
 from sims.constants import load_constants
@@ -23,6 +23,7 @@ from sims.faults.goodput import daly, reliability, young
 from sims.faults.layers import _trace, _work
 
 RUN = Goodput(nodes=100, node_mtbf_hours=500, checkpoint_seconds=60, restart_seconds=300, work_hours=200, runs=48)
+TRACE = synthetic_trace("gaussian", tokens=512, n_routed_experts=160, num_experts_per_tok=6, expert_devices=8, device_limit=3)
 LAYERS = SlowLayers(model="deepseek-v2-micro", nodes=2, gpus_per_node=4, tokens_per_device=256, draws=8)
 
 
@@ -60,10 +61,13 @@ def test_without_failures_only_checkpoints_cost():
 
 def test_checkpoints_in_the_background_and_spares():
     plain, background = (simulate_goodput(replace(RUN, intervals=(1800.0,), stall_seconds=stall)).points[0] for stall in (None, 2.0))
-    assert background.mean > plain.mean and background.lost > plain.lost * 0.9
+    assert background.mean > plain.mean
+    assert background.lost > plain.lost * 0.9
     assert background.closed_form is None
     few, many = (simulate_goodput(replace(RUN, intervals=(1800.0,), spare_nodes=spares)).points[0] for spares in (0, 50))
-    assert few.waiting > 0.5 and many.waiting == 0 and many.mean == plain.mean
+    assert few.waiting > 0.5
+    assert many.waiting == 0
+    assert many.mean == plain.mean
 
 
 def test_a_checkpoint_is_weights_and_optimizer_over_the_nodes_bandwidth():
@@ -97,11 +101,12 @@ def test_healthy_layers_are_barriers_collectives_and_rooflines():
 )
 def test_removing_a_straggler_never_slows(speed, nic, nvlink):
     spec = replace(LAYERS, tokens_per_device=64, draws=2, speed=speed, nic=nic, nvlink=nvlink)
-    with_all = simulate_layers(spec)
+    with_all = simulate_layers(spec, TRACE)
     for name in ("speed", "nic", "nvlink"):
-        given_ = getattr(spec, name)
-        for gpu in given_:
-            without = simulate_layers(replace(spec, **{name: {g: f for g, f in given_.items() if g != gpu}}))
+        slow = dict(getattr(spec, name))
+        if slow:
+            slow.pop(min(slow))
+            without = simulate_layers(replace(spec, **{name: slow}), TRACE)
             assert without.seconds.p50 <= with_all.seconds.p50 * (1 + 1e-12)
     assert with_all.slowdown.p10 >= 1 - 1e-12
 
@@ -112,10 +117,13 @@ def test_the_straggler_is_named_with_its_link():
     others = {wait.waiter for wait in slow.waits if wait.culprit == 3 and wait.link == "compute"}
     assert others == {0, 1, 2, 4, 5, 6, 7}
     nic = simulate_layers(replace(LAYERS, tokens_per_device=4096, nic={6: 0.2}))
-    assert culprits(nic.waits)[0][0] == 6 and culprits(nic.waits)[0][1].startswith("nic")
+    assert culprits(nic.waits)[0][0] == 6
+    assert culprits(nic.waits)[0][1].startswith("nic")
     nvlink = simulate_layers(replace(LAYERS, tokens_per_device=4096, nvlink={1: 0.1}))
-    assert culprits(nvlink.waits)[0][0] == 1 and culprits(nvlink.waits)[0][1].startswith("nvlink")
-    assert nic.slowdown.p50 > 1 and nvlink.slowdown.p50 > 1
+    assert culprits(nvlink.waits)[0][0] == 1
+    assert culprits(nvlink.waits)[0][1].startswith("nvlink")
+    assert nic.slowdown.p50 > 1
+    assert nvlink.slowdown.p50 > 1
 
 
 def test_waits_are_the_gaps_of_the_timeline():
@@ -136,7 +144,8 @@ def test_distributions_of_speed():
     few = Speeds(kind="stragglers", count=3, factor=1.5).factors(64, 1)
     assert sorted(few)[-4:] == [1, 1.5, 1.5, 1.5]
     drawn = simulate_layers(replace(LAYERS, speeds=Speeds(kind="stragglers", count=2, factor=1.5), speed={0: 1.0}))
-    assert sum(each > 1 for each in drawn.speed) in (1, 2) and drawn.speed[0] == 1
+    assert sum(each > 1 for each in drawn.speed) in (1, 2)
+    assert drawn.speed[0] == 1
 
 
 def test_the_same_faults_have_the_same_answer_to_the_byte():
@@ -184,10 +193,13 @@ def test_the_commands():
     assert json.loads(found.output)["points"][0]["interval_seconds"] == 1800
     options = ["--model", "deepseek-v2-micro", "--tokens-per-device", "64", "--set", "draws=2"]
     answer = json.loads(runner.invoke(app, ["faults", "waits", *options, "--slow", "3=1.5", "--json"]).output)
-    assert answer["culprits"][0]["gpu"] == 3 and {"waiter", "culprit", "link", "seconds"} <= set(answer["waits"][0])
+    assert answer["culprits"][0]["gpu"] == 3
+    assert {"waiter", "culprit", "link", "seconds"} <= set(answer["waits"][0])
     shown = runner.invoke(app, ["faults", "waits", *options, "--set", "speeds.kind=normal"])
-    assert shown.exit_code == 0 and "Culprits" in shown.output
+    assert shown.exit_code == 0
+    assert "Culprits" in shown.output
     for command in ("goodput", "waits"):
         assert "Example:" in runner.invoke(app, ["faults", command, "--help"]).output
     wrong = runner.invoke(app, ["faults", "waits", "--slow", "three=1"])
-    assert isinstance(wrong.exception, ConfigError) and "--slow three=1" in str(wrong.exception)
+    assert isinstance(wrong.exception, ConfigError)
+    assert "--slow three=1" in str(wrong.exception)

@@ -71,7 +71,8 @@ def test_every_token_is_generated_once_and_every_block_comes_back(count, ranks, 
         assert log.prompt_tokens.sum() == requests.prompt.sum()
     assert log.residents.max() <= (most or count)
     assert (log.free_blocks >= 0).all()
-    assert (log.first_event <= log.last_event).all() and (log.admitted_event <= log.first_event).all()
+    assert (log.first_event <= log.last_event).all()
+    assert (log.admitted_event <= log.first_event).all()
 
 
 @settings(max_examples=30, deadline=None)
@@ -171,7 +172,7 @@ def test_a_step_of_experts_is_that_of_the_roofline(name):
 def test_capacity_is_accountings(name, bits):
     model, cluster = preset(name), load_cluster("h200")
     spec = Serving(model=name, cluster="h200", weight_bits=8, kv_bits=bits)
-    split, room = fit(spec, model, cluster)
+    _split, room = fit(spec, model, cluster)
     assert room.kv_bytes_per_token == accounting.kv_cache_bytes_per_token(model, bits)
     stored = fit(replace(spec, kv_as_stored=True), model, cluster)[1]
     assert stored.kv_bytes_per_token == accounting.kv_cache_bytes_per_token_stored(model, bits)
@@ -246,7 +247,8 @@ def test_more_tokens_touch_more_experts_up_to_all():
     host = server(SMALL)
     work = host.cost.experts
     assert (np.diff(work.experts) >= 0).all()
-    assert work.experts[0] == pytest.approx(3, abs=2) and work.experts[-1] == 32
+    assert work.experts[0] == pytest.approx(3, abs=2)
+    assert work.experts[-1] == 32
     # Expected distinct experts of b random tokens: E (1 - (1 - K / E)^b) of the GPU's half, of the busier GPU somewhat more.
     b = int(work.tokens[5])
     assert work.experts[5] == pytest.approx(32 * (1 - (1 - 6 / 64) ** b), rel=0.05)
@@ -350,11 +352,14 @@ def test_the_command(tmp_path):
     )
     assert result.exit_code == 0, result.output
     answer = json.loads(result.output)
-    assert answer["seed"] == 0 and answer["binds"] and answer["warnings"] == []
+    assert answer["seed"] == 0
+    assert answer["binds"]
+    assert answer["warnings"] == []
     assert set(answer["generated_tokens_per_second"]) == {"p10", "p50", "p90"}
     assert answer["constants"]["attention_efficiency"]["source"]
     shown = CliRunner().invoke(app, ["serving", "--model", "dense-nano", "--requests", "20", "--set", "draws=2"])
-    assert shown.exit_code == 0 and "binds" in shown.output
+    assert shown.exit_code == 0
+    assert "binds" in shown.output
     assert "Examples:" in CliRunner().invoke(app, ["serving", "--help"]).output
     path = tmp_path / "model.yaml"
     path.write_text("model: {preset: deepseek-v2-lite, num_hidden_layers: 3}\n")
