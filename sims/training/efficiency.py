@@ -7,6 +7,7 @@ stored together.  A draw that hides little communication has efficient products,
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from sims.training.step import closed_form
 
 DATA, FITTED = CALIBRATION / "compute.yaml", CALIBRATION / "compute-fitted.json"
 SOLVED, NO_SHARE = "dense_gemm_efficiency", "grouped_gemm_half_tokens"
-PROPOSALS, DRAWS, SEED = 384, 64, 0
+PROPOSALS, DRAWS, SEED = 1024, 64, 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,29 +54,30 @@ def fit() -> Fit:
     names = list(data["priors"])
     hours, layouts = float(data["point"]["value"]), data["set_up"]["layouts"]
     specs = [layout_step(data["set_up"], layout) for layout in layouts]
-    start = Constants({name: prior.draws(name, PROPOSALS) for name, prior in priors().items()} | {"unexplained": np.ones(PROPOSALS)}, {})
     random = np.random.default_rng(SEED)
+    start = Constants({name: prior.draws(name, PROPOSALS) for name, prior in priors().items()} | {"unexplained": np.ones(PROPOSALS)}, {})
     chosen = random.integers(0, len(specs), PROPOSALS)
     chosen[0] = 0
     solved, slope = np.ones(PROPOSALS), np.ones(PROPOSALS)
     alone: dict[str, float] = {}
     for index, spec in enumerate(specs):
         rows = np.flatnonzero((chosen == index) | (np.arange(PROPOSALS) == 0))
-        values, slopes = solve(spec, _rows(start, rows), hours)
-        alone[", ".join(f"{key}={value}" for key, value in layouts[index].items())] = float(values[0])
+        found, slopes = solve(spec, _rows(start, rows), hours)
+        alone[", ".join(f"{key}={value}" for key, value in layouts[index].items())] = float(found[0])
         mine = chosen[rows] == index
-        solved[rows[mine]], slope[rows[mine]] = values[mine], slopes[mine]
+        solved[rows[mine]], slope[rows[mine]] = found[mine], slopes[mine]
     shares = [solved, *(start[name] for name in names if name not in (SOLVED, NO_SHARE))]
     weights = np.where(np.max(shares, axis=0) < 1.0, density(priors()[SOLVED], solved) / slope, 0.0)
-    kept = _resampled(weights / weights.sum(), DRAWS, random)
+    order = np.argsort(solved)
+    kept = order[_resampled(weights[order] / weights.sum(), DRAWS, random)]
     kept[0] = 0
-    values = {name: (solved if name == SOLVED else start[name])[kept] for name in names}
-    best = Constants({name: v[:1] for name, v in {**start.values, **values}.items()}, {})
+    drawn = {name: (solved if name == SOLVED else start[name])[kept] for name in names}
+    best = Constants({name: v[:1] for name, v in {**start.values, **drawn}.items()}, {})
     residual = float(gpu_hours(specs[0], closed_form(specs[0], load_cluster(specs[0].cluster), best).seconds)[0]) / hours - 1
-    return Fit(values, residual, float(weights.sum() ** 2 / (weights**2).sum()), alone, hours)
+    return Fit(drawn, residual, float(weights.sum() ** 2 / (weights**2).sum()), alone, hours)
 
 
-def layout_step(set_up: dict[str, Any], layout: dict[str, int]) -> TrainingStep:
+def layout_step(set_up: dict[str, Any], layout: dict[str, Any]) -> TrainingStep:
     """The dense model's step: 1F1B, ZeRO-1, nothing recomputed."""
     return TrainingStep(
         model=preset(set_up["model"]),
@@ -120,9 +122,9 @@ def gpu_hours(spec: TrainingStep, seconds: np.ndarray) -> np.ndarray:
 
 def density(prior: Prior, values: np.ndarray) -> np.ndarray:
     """Of the logarithm, up to a factor: normal with a spread of its own on either side of the best value."""
+    below, above = (math.log(wide) / 1.2816 for wide in (prior.best / prior.low, prior.high / prior.best))
     logs = np.log(values / prior.best)
-    spread = np.where(logs < 0, np.log(prior.best / prior.low), np.log(prior.high / prior.best)) / 1.2816
-    return np.exp(-0.5 * (logs / spread) ** 2)
+    return np.exp(-0.5 * (logs / np.where(logs < 0, below, above)) ** 2)
 
 
 def _rows(constants: Constants, rows: np.ndarray) -> Constants:
@@ -131,8 +133,9 @@ def _rows(constants: Constants, rows: np.ndarray) -> Constants:
 
 def _resampled(weights: np.ndarray, number: int, random: np.random.Generator) -> np.ndarray:
     """Systematic resampling: each index as often as its weight says, give or take one; in random order."""
-    positions = (np.arange(number) + random.random()) / number
-    return random.permutation(np.minimum(np.searchsorted(np.cumsum(weights), positions), len(weights) - 1))
+    positions = np.linspace(0.0, 1.0, number, endpoint=False) + random.random() / number
+    found = np.searchsorted(np.cumsum(weights), positions)
+    return random.permutation(np.minimum(found, len(weights) - 1))
 
 
 def write(found: Fit, path: Path = FITTED) -> None:

@@ -11,7 +11,7 @@ from sims.cluster import Cluster
 from sims.collective import collective_seconds
 from sims.constants import Constants
 from sims.placement import Placement, place
-from sims.routing import synthetic_trace
+from sims.routing import reroute, synthetic_trace
 from sims.traffic import Traffic, needed_devices, payload_bytes, traffic_of
 from sims.training.layout import group_per_node
 from sims.training.spec import TrainingStep
@@ -45,7 +45,10 @@ class Exchange:
 
 
 def exchange(spec: TrainingStep, cluster: Cluster, constants: Constants, trace: RoutingTrace | None = None) -> Exchange | None:
-    """None for a dense model.  ConfigError for a trace of another shape than the model's."""
+    """None for a dense model.  ConfigError for a trace of another shape than the model's.
+
+    A trace that was routed under another device limit than the model's is routed anew, from its affinities.
+    """
     moe = spec.model.moe
     if moe is None:
         return None
@@ -63,30 +66,36 @@ def exchange(spec: TrainingStep, cluster: Cluster, constants: Constants, trace: 
 def _routings(spec: TrainingStep, moe: MoEConfig, trace: RoutingTrace | None) -> list[np.ndarray]:
     """Chosen experts, int (tokens, K), of each sample."""
     if trace is None:
-        number = 1 if spec.routing == "balanced" else spec.routing_samples
-        return [_made_up(spec, moe, spec.seed + i) for i in range(number)]
-    found = (trace.n_routed_experts, trace.num_experts_per_tok)
-    if found != (moe.n_routed_experts, moe.num_experts_per_tok):
-        raise ConfigError(
-            f"trace: {found[1]} of {found[0]} experts per token, the model has model.moe.num_experts_per_tok={moe.num_experts_per_tok}"
-            f" of n_routed_experts={moe.n_routed_experts}"
-        )
+        return _made_up(spec, moe)
+    found = (trace.n_routed_experts, trace.num_experts_per_tok, trace.expert_devices)
+    wanted = (moe.n_routed_experts, moe.num_experts_per_tok, moe.expert_devices)
+    if found != wanted:
+        raise ConfigError(f"trace: has (n_routed_experts, num_experts_per_tok, expert_devices) = {found}, the model has {wanted}")
+    if trace.device_limit != moe.device_limit:
+        trace = reroute(trace, moe.device_limit)
     last = trace.expert_ids[-1]
     return [last[i % len(last)] for i in range(max(spec.routing_samples, len(last)))]
 
 
-def _made_up(spec: TrainingStep, moe: MoEConfig, seed: int) -> np.ndarray:
-    family = "random" if spec.routing == "balanced" else spec.routing
-    made = synthetic_trace(
-        family,  # type: ignore[arg-type]
-        tokens=POOL,
-        n_routed_experts=moe.n_routed_experts,
-        num_experts_per_tok=moe.num_experts_per_tok,
-        expert_devices=moe.expert_devices,
-        device_limit=moe.device_limit,
-        seed=seed,
-    )
-    return made.expert_ids[-1, 0]
+def _made_up(spec: TrainingStep, moe: MoEConfig) -> list[np.ndarray]:
+    """`balanced` once, a family that moves from step to step as its snapshots, any other with a seed for each sample."""
+    tokens = POOL if spec.routing != "balanced" else max(POOL // moe.n_routed_experts, 16) * moe.n_routed_experts
+    moving = spec.routing in ("rotating", "burst")
+    seeds = [spec.seed] if moving or spec.routing == "balanced" else range(spec.seed, spec.seed + spec.routing_samples)
+    made = [
+        synthetic_trace(
+            spec.routing,
+            tokens=tokens,
+            n_routed_experts=moe.n_routed_experts,
+            num_experts_per_tok=moe.num_experts_per_tok,
+            expert_devices=moe.expert_devices,
+            device_limit=moe.device_limit,
+            seed=seed,
+            steps=spec.routing_samples if moving else 1,
+        )
+        for seed in seeds
+    ]
+    return [ids[0] for trace in made for ids in trace.expert_ids]
 
 
 def _sample(spec: TrainingStep, moe: MoEConfig, cluster: Cluster, constants: Constants, where: Placement, ids: np.ndarray) -> Sample:
