@@ -185,6 +185,9 @@ def plan(spec: AllToAll, trace: RoutingTrace | None = None) -> Plan:
     )
     if spec.expert_placement is None and experts % devices:
         warnings.append(f"n_routed_experts = {experts} over {devices} devices: does not come out even, some hold one expert more")
+    if trace is not None:
+        said = ((name, getattr(trace, name), getattr(spec, name)) for name in ("n_routed_experts", "num_experts_per_tok", "expert_devices"))
+        warnings += [f"{name} = {asked}: the trace's {own} hold" for name, own, asked in said if own != asked]
     trace = _routed(spec, where, trace)
     ids = trace.expert_ids[_step(spec, trace)].reshape(-1, trace.num_experts_per_tok)
     counts, used = _dealt(_tokens(spec, devices), len(ids), spec.routing == "balanced")

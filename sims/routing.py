@@ -129,7 +129,7 @@ def _bias(family: str, logits: np.ndarray, random: np.random.Generator, chosen: 
     if family == "gaussian":
         logits += random.standard_normal(size=experts, dtype=np.float32)
     elif family == "log-normal":
-        _drawn(logits, random, random.normal(size=experts))
+        _drawn(logits, random, random.standard_normal((experts,)))
     elif family == "power-law":
         ranks: np.ndarray = random.permutation(experts) + 1
         _drawn(logits, random, -np.log(ranks))

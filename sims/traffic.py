@@ -114,7 +114,7 @@ def traffic_of(
         infiniband=infiniband * bytes_per_token,
         logical=copies * bytes_per_token,
         node_logical=reached.sum(1) * bytes_per_token,
-        sm=(np.maximum(issued, copies.sum(0)) + read) * bytes_per_token,
+        sm=(np.maximum(issued, copies.sum(0)) + read) * bytes_per_token * int(nvlink.any() or infiniband.any()),
         bytes_per_token=bytes_per_token,
         nodes=placement.nodes,
         crosses_rails=bool(dedup != "node" and (infiniband[placement.rail[:, None] != placement.rail]).any()),

@@ -60,7 +60,7 @@ def all_to_all(
         "oversubscription": oversubscription, "seed": seed,
     }  # fmt: skip
     spec, asked = question.question(options, model, placement, overrides)
-    result: Result = simulate(spec, question.routed(spec, trace, asked))
+    result: Result = simulate(*question.routed(spec, trace, asked, model))
     if as_json:
         print(json.dumps(result.to_dict()))
         return
