@@ -7,14 +7,13 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from research.configfile import apply_overrides
 from research.routing_trace import RoutingTrace
 from research.terminal import console
 from sims.commands import app
 from sims.quantiles import Quantiles
 from sims.serving import Serving, ServingResult, generation_ratio, serving, simulate_serving
 from sims.serving.comparison import Comparison
-from sims.serving.spec import model_mapping
+from sims.serving.spec import model_mapping, overridden
 
 FIELDS = ", ".join(name for name in Serving.__dataclass_fields__ if name not in ("model", "lengths"))
 
@@ -26,8 +25,8 @@ FIELDS = ", ".join(name for name in Serving.__dataclass_fields__ if name not in 
     Examples: python -m sims serving --model deepseek-v2 --cluster h800 --weight-bits 8 --kv-bits 6
     / python -m sims serving --model deepseek-67b --rate 5 --requests 500 --json / python -m sims serving --ratio
 
-    Fields for --set: {FIELDS}; lengths.kind, .prompt, .output, .prompt_sigma, .output_sigma, .maximum, .path; and model.*, such as
-    model.moe.device_limit=2.""",
+    Fields for --set: {FIELDS}; lengths.kind, .prompt, .output, .prompt_sigma, .output_sigma, .maximum, .path; and the model's own,
+    such as model.num_hidden_layers=30 or n_routed_experts=64 (model.moe.n_routed_experts).""",
 )
 def serving_command(
     model: Annotated[str, typer.Option(help="A preset (python -m research presets) or a YAML file of a model or run")] = "deepseek-v2",
@@ -73,7 +72,7 @@ def serving_command(
         "routing": routing,
         "seed": seed,
     }
-    spec = serving(apply_overrides(mapping, overrides or []))
+    spec = serving(overridden(mapping, overrides or [], Serving))
     result = simulate_serving(spec, RoutingTrace.load(trace) if trace else None)
     if as_json:
         print(json.dumps(result.to_dict()))
