@@ -262,7 +262,14 @@ def curve(host: Server, average: Means, most: float) -> list[CurvePoint]:
 
 def _warnings(host: Server, served: Served, full: np.ndarray, average: Means) -> list[str]:
     spec = host.spec
-    found = list(outside({"cluster": host.cluster.key, "nodes": spec.nodes})) if host.split.gpus > 1 else []
+    found = list[str]()
+    if host.cost.experts is not None and host.split.ranks > 1:
+        moe = host.model.moe
+        assert moe is not None
+        tokens = served.residents / host.split.gpus * (average.decode + average.prompt)
+        query = {"cluster": host.cluster.key, "nodes": spec.nodes, "tokens_per_device": round(tokens), "hidden_size": host.model.hidden_size}
+        query |= {"num_experts_per_tok": moe.num_experts_per_tok} | ({"sms": spec.sms} if spec.sms is not None else {})
+        found += outside(query)
     if spec.rate is not None and spec.rate * average.output > float(full[0]):
         found.append(
             f"rate = {spec.rate:g} requests/s asks for {spec.rate * average.output:,.0f} tokens/s, saturation gives {full[0]:,.0f}: "

@@ -354,7 +354,7 @@ def test_the_command(tmp_path):
     answer = json.loads(result.output)
     assert answer["seed"] == 0
     assert answer["binds"]
-    assert answer["warnings"] == []
+    assert any("outside the calibrated range" in warning for warning in answer["warnings"])
     assert set(answer["generated_tokens_per_second"]) == {"p10", "p50", "p90"}
     assert answer["constants"]["attention_efficiency"]["source"]
     shown = CliRunner().invoke(app, ["serving", "--model", "dense-nano", "--requests", "20", "--set", "draws=2"])
