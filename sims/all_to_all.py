@@ -343,7 +343,7 @@ def _routed(spec: AllToAll, where: Placement, trace: RoutingTrace | None) -> Rou
         return reroute(trace, trace.device_limit, node_groups=groups, node_limit=spec.node_limit, node_score=spec.node_score)
     tokens = min(POOL, where.devices * spec.tokens_per_device)
     if spec.routing == "balanced":
-        tokens = _whole_orbits(where.devices * spec.tokens_per_device, experts)
+        tokens = _whole_orbits(spec.tokens_per_device, where.devices, experts, spec.expert_devices)
     return synthetic_trace(
         spec.routing,
         tokens=tokens,
@@ -358,14 +358,17 @@ def _routed(spec: AllToAll, where: Placement, trace: RoutingTrace | None) -> Rou
     )
 
 
-def _whole_orbits(tokens: int, experts: int) -> int:
-    """Tokens of a balanced pool: whole orbits, which the group's tokens go through a whole number of times where that can be."""
-    most = max(1, 2 * POOL // experts)
-    heads = next((h for h in range(most, 0, -1) if tokens % (h * experts) == 0), most)
-    return experts * (heads if heads >= FEWEST_HEADS or tokens < FEWEST_HEADS * experts else most)
+def _whole_orbits(each: int, devices: int, experts: int, expert_devices: int) -> int:
+    """Tokens of a balanced pool: whole orbits, which the group's tokens go through a whole number of times where that can be,
+    and of which each GPU's own tokens hold as many images on each of the model's devices."""
+    most, total = max(1, 2 * POOL // experts), each * devices
+    fitting = [heads for heads in range(most, 0, -1) if total % (heads * experts) == 0]
+    even = [heads for heads in fitting if each % (heads * expert_devices) == 0 and heads >= FEWEST_HEADS]
+    heads = (even or fitting or [most])[0]
+    return experts * (heads if heads >= FEWEST_HEADS or total < FEWEST_HEADS * experts else most)
 
 
-FEWEST_HEADS = 16
+FEWEST_HEADS = 32
 """Orbits of a balanced pool; with fewer, chance in the tokens that head them shows."""
 
 

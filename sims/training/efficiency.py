@@ -47,6 +47,28 @@ class Fit:
         sources[SOLVED] = f"fitted on {drawn}"
         return {"constants": {name: {"draws": [float(f"{x:.8g}") for x in v], "source": sources[name]} for name, v in self.draws.items()}}
 
+    def report(self) -> dict[str, Any]:
+        """What `calibrate` says: one point identifies one constant, and the spread of each before and after."""
+        constants = {}
+        for name, values in self.draws.items():
+            spread = float(np.std(np.log(values)))
+            before = priors()[name].log_spread
+            constants[name] = {
+                "best": float(values[0]),
+                "prior_best": priors()[name].best,
+                "log_spread": spread,
+                "prior_log_spread": before,
+                "identified": name == SOLVED,
+            }
+        return {
+            "point": "DeepSeek 67B, GPU-hours per 1e12 tokens",
+            "published": self.hours,
+            "residual": self.residual,
+            "effective_draws": self.effective,
+            "efficiency_by_assumed_layout": self.alone,
+            "constants": constants,
+        }
+
 
 def fit() -> Fit:
     """Solve, weigh and keep, deterministically; some seconds."""
@@ -55,7 +77,9 @@ def fit() -> Fit:
     hours, layouts = float(data["point"]["value"]), data["set_up"]["layouts"]
     specs = [layout_step(data["set_up"], layout) for layout in layouts]
     random = np.random.default_rng(SEED)
-    start = Constants({name: prior.draws(name, PROPOSALS) for name, prior in priors().items()} | {"unexplained": np.ones(PROPOSALS)}, {})
+    start = Constants(
+        {name: prior.draws(name, PROPOSALS) if name in names else np.full(PROPOSALS, prior.best) for name, prior in priors().items()}, {}
+    )
     chosen = random.integers(0, len(specs), PROPOSALS)
     chosen[0] = 0
     solved, slope = np.ones(PROPOSALS), np.ones(PROPOSALS)

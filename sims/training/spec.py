@@ -21,14 +21,14 @@ class TrainingStep:
     """A step of `batch_size` sequences on nodes x gpus_per_node GPUs = pipeline x tensor x data parallel.
 
     Expert-parallel groups lie inside the data-parallel ones.  Defaults are DeepSeek-V2's published set-up (V2 section 3.1.3) on
-    128 GPUs; how many it was trained on is not published.
+    1,024 GPUs; on how many it was trained, and whether the 8 GPUs of a layer share a node, is not published.
     """
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     model: ModelConfig = field(default_factory=deepseek_v2)
     cluster: str = "h800"
-    nodes: int = 16
+    nodes: int = 128
     gpus_per_node: int = 8
     pipeline_parallel: int | None = None
     """Stages; None: as many as fit, 16 at most."""
