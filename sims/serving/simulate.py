@@ -102,7 +102,7 @@ def simulate_serving(spec: Serving, trace: RoutingTrace | None = None) -> Servin
         curve=curve(host, average, most),
         mean_prompt_tokens=float(requests.prompt.mean()),
         mean_output_tokens=float(requests.output.mean()),
-        warnings=_warnings(host, served, full.generated, average),
+        warnings=_warnings(host, served, full.generated, average, most),
         constants=host.constants.to_dict(),
         seed=spec.seed,
         log=log,
@@ -260,7 +260,7 @@ def curve(host: Server, average: Means, most: float) -> list[CurvePoint]:
     return found
 
 
-def _warnings(host: Server, served: Served, full: np.ndarray, average: Means) -> list[str]:
+def _warnings(host: Server, served: Served, full: np.ndarray, average: Means, most: float) -> list[str]:
     spec = host.spec
     found = list[str]()
     if host.cost.experts is not None and host.split.ranks > 1:
@@ -270,6 +270,11 @@ def _warnings(host: Server, served: Served, full: np.ndarray, average: Means) ->
         query = {"cluster": host.cluster.key, "nodes": spec.nodes, "tokens_per_device": round(tokens), "hidden_size": host.model.hidden_size}
         query |= {"num_experts_per_tok": moe.num_experts_per_tok} | ({"sms": spec.sms} if spec.sms is not None else {})
         found += outside(query)
+    if spec.rate is None and spec.clients is None and served.requests < 3 * most:
+        found.append(
+            f"requests = {served.requests:,}: {most:,.0f} are resident at saturation, so the run fills and empties a server that is never in balance; "
+            "take the closed form's rates, or more requests"
+        )
     if spec.rate is not None and spec.rate * average.output > float(full[0]):
         found.append(
             f"rate = {spec.rate:g} requests/s asks for {spec.rate * average.output:,.0f} tokens/s, saturation gives {full[0]:,.0f}: "
