@@ -79,7 +79,7 @@ def goodput_command(
 
     Example: python -m sims faults waits --nodes 2 --slow 3=1.25 --nic 9=0.5
 
-    Fields for --set: {", ".join(field.name for field in fields(SlowLayers))}; speeds.kind (constant, normal, stragglers), .spread ...""")  # fmt: skip
+    Fields for --set: {", ".join(field.name for field in fields(SlowLayers))}; speeds.kind (normal, stragglers), .spread ...""")  # fmt: skip
 def waits_command(
     model: Annotated[str, typer.Option(help="A preset with experts, or a YAML file of a model or run")] = "deepseek-v2",
     cluster: ClusterName = "h800",

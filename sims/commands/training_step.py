@@ -22,7 +22,7 @@ FIELDS = ", ".join(field.name for field in fields(TrainingStep) if field.name !=
     "training-step",
     help=f"""Seconds of an optimizer step, where they go, and the memory that it takes.
 
-    Examples: python -m sims training-step --model deepseek-v2 --cluster h800 --nodes 16 --set pipeline_parallel=16 --placement spread
+    Example: python -m sims training-step --model deepseek-v2 --cluster h800 --nodes 16 --set pipeline_parallel=16 --placement spread
     / python -m sims training-step --model deepseek-67b --nodes 128 --tensor-parallel 4 --pipeline-parallel 8 --schedule 1f1b
     --batch-size 4608 --recompute none --json / python -m sims training-step --set device_limit=2 --set speed.3=1.2
 

@@ -427,3 +427,24 @@ def test_the_same_affinities_serve_every_limit_of_a_sweep():
 def test_entries_fall_on_the_devices_that_are_there():
     where = Placement(np.array([0, 0, 0, 1]), np.array([0, 1, 2, 5]), np.arange(4))
     assert where.entries().tolist() == [[0, 3], [1, 3], [2, 3], [2, 3]]
+
+
+def test_sms_move_the_copies_sent_or_taken_in_and_one_per_node():
+    """Three tokens of GPU 0: one stays, one goes to GPU 1 beside it, one to both GPUs of the other node by way of GPU 2."""
+    where = Placement(np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1]), np.arange(4))
+    needed = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1]], bool)
+    traffic = traffic_of(np.array([[1, 1, 1], [0, 0, 0], [0, 0, 0], [0, 0, 0]], np.float32), needed, where, 10)
+    # GPU 0 issues two copies and reads for three nodes; 1 takes one in; 2 issues two copies, its own among them; 3 takes one in.
+    assert traffic.sm.tolist() == [50, 10, 20, 10]
+    assert traffic.infiniband[0, 2] == traffic.nvlink[0, 1] == traffic.nvlink[2, 3] == 10
+
+
+def test_the_constant_of_combine_slows_combines_alone():
+    planned = plan(small(nodes=4, gpus_per_node=2, hidden_size=7168))
+    constants = load_constants(planned.cluster, 3)
+    slower = constants.replaced(combine_efficiency=constants["combine_efficiency"] / 2)
+    moves = {"dispatch": planned.dispatch, "combine": planned.combine, "backward_combine": planned.backward_combine}
+    times = {name: [collective_seconds(t, planned.cluster, c) for c in (constants, slower)] for name, t in moves.items()}
+    np.testing.assert_array_equal(*times["dispatch"])
+    np.testing.assert_array_equal(*times["backward_combine"])
+    assert (times["combine"][1] > 1.5 * times["combine"][0]).all()
