@@ -139,7 +139,7 @@ def test_waits_are_the_gaps_of_the_timeline():
 
 
 def test_a_training_step_waits_for_its_slow_gpu():
-    spec = training_step_spec({"model": "deepseek-v2", "nodes": 16, "batch_size": 64, "draws": 4})
+    spec = training_step_spec({"model": "deepseek-v2", "nodes": 16, "batch_size": 64, "draws": 4, "placement": "packed"})
     slow = slow_step(replace(spec, speed={3: 1.5}))
     assert slow.slowdown.p10 > 1.05
     assert {wait.culprit for wait in slow.groups[:3]} == {3}
