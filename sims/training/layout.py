@@ -67,7 +67,7 @@ def gpu_index(spec: TrainingStep, stage: int, unit: int, device: int, shard: int
     packed: the GPUs of a stage lie one after the other, its groups too.  spread: a group takes one slot of as many nodes.
     """
     group, experts = stage * spec.units + unit, spec.experts_over
-    if spec.placement == "packed" or experts == 1:
+    if spec.placement != "spread" or experts == 1:
         return (group * experts + device) * spec.tensor_parallel + shard
     block, slot = divmod(group, spec.gpus_per_node)
     return (block * experts + device) * spec.gpus_per_node + slot

@@ -201,7 +201,7 @@ def _per_node(spec: TrainingStep, *, experts: bool) -> int:
     slots = spec.gpus_per_node // spec.tensor_parallel
     if experts:
         return min(spec.units, max(slots // group_per_node(spec), 1))
-    return min(spec.data_parallel, slots if spec.placement == "packed" else min(spec.units, slots))
+    return min(spec.data_parallel, slots if spec.placement != "spread" else min(spec.units, slots))
 
 
 def _ring(moved: float, ranks: int, near: int, cluster: Cluster, constants: Constants) -> np.ndarray:
