@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from research.atomic import room_for
+from research.atomic import atomic_write, room_for
 from research.errors import DataError
 
 DISPATCH, COMBINE = "dispatch", "combine"
@@ -47,6 +47,11 @@ class Ledger:
 
     def route(self, step: int, layer: int, expert_ids: np.ndarray) -> None:
         self.routed.setdefault((step, layer), []).append(expert_ids.astype(np.int16))
+
+    def take_routed(self) -> dict[tuple[int, int], list[np.ndarray]]:
+        """Of `routed`, what has come since the last time."""
+        taken, self.routed = self.routed, {}
+        return taken
 
     def take(self) -> dict[tuple[int, int, str], np.ndarray]:
         """What has been counted since the last time."""
@@ -91,6 +96,33 @@ class TrafficFile:
             file.write("".join(line + "\n" for line in lines))
             file.flush()
             os.fsync(file.fileno())
+
+
+def write_routed(folder: Path, rows: Sequence[Mapping[tuple[int, int], list[np.ndarray]]]) -> None:
+    """`folder`/step-N.npz for each step: `layer_L`, int16 (ranks, tokens, K), the experts of the tokens of each rank, -1 where dropped.
+
+    `rows` is what each rank kept, in the order of the ranks; the passes of a step stand one after the other.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for step in sorted({step for step, _ in rows[0]}):
+        layers = {f"layer_{layer}": np.stack([np.concatenate(row[s, layer]) for row in rows]) for s, layer in rows[0] if s == step}
+        path = folder / f"step-{step:06d}.npz"
+        with room_for(path, "who was routed where"), atomic_write(path) as file:
+            np.savez_compressed(file, **layers)  # type: ignore[arg-type]
+
+
+def read_routed(folder: Path) -> dict[tuple[int, int], np.ndarray]:
+    """int16 (ranks, tokens, K) by (step, layer).  DataError if there is nothing or something else."""
+    found: dict[tuple[int, int], np.ndarray] = {}
+    for path in sorted(folder.glob("step-*.npz")):
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                found |= {(int(path.stem.removeprefix("step-")), int(name.removeprefix("layer_"))): data[name] for name in data.files}
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"{path}: is not a record of who was routed where ({error})") from error
+    if not found:
+        raise DataError(f"{folder}: holds no step-N.npz; train with --workers and --witness")
+    return found
 
 
 def read_traffic(path: Path) -> dict[tuple[int, int, str], np.ndarray]:

@@ -37,6 +37,7 @@ def train(
     workers: Annotated[int, typer.Option(min=1, help="Processes that share the run out; 8 of them hold an eighth of the routed experts each")] = 1,
     expert_parallel: Annotated[int | None, typer.Option(min=1, help="Workers per set of experts; fewer than --workers: several replicas")] = None,
     collective_timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a worker that does not answer is given up")] = 600.0,
+    witness: Annotated[bool, typer.Option("--witness", help="With --workers: also keep who was routed where in each step, in routed/")] = False,
     prompt: Annotated[list[str] | None, typer.Option(help="Text that the trained model goes on from at the end; repeatable")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One object on stdout at the end; progress goes to stderr")] = False,
 ) -> None:
@@ -82,7 +83,7 @@ def train(
 
             result = run_workers(
                 train_worker,
-                (config, out, device),
+                (config, out, device, witness),
                 workers=workers,
                 expert_parallel=expert_parallel,
                 timeout_seconds=collective_timeout,
@@ -117,12 +118,12 @@ def train(
         raise typer.Exit(DIVERGED if result.state == "diverged" else STOPPED)
 
 
-def train_worker(world: Any, parent: Any, config: RunConfig, out: Path, device: str) -> Any:
+def train_worker(world: Any, parent: Any, config: RunConfig, out: Path, device: str, witness: bool) -> Any:
     """One of the processes of `train --workers`: rank 0 writes, and tells its parent what it would have shown."""
     from research.training.loop import train as run  # noqa: PLC0415
     from research.training.records import JsonlRecorder, NoRecorder  # noqa: PLC0415
 
-    first = world.rank == 0
+    first, world.ledger.witness = world.rank == 0, witness
     recorder = JsonlRecorder(out / "metrics.jsonl") if first else NoRecorder()
 
     def watch(record: Any) -> bool:

@@ -29,7 +29,7 @@ from research.model.router import Decided, Routing
 from research.model.transformer import Transformer
 from research.parallel.exchange import spread_experts
 from research.parallel.sharding import ShardedAdamW
-from research.parallel.traffic import TrafficFile, traffic_metrics
+from research.parallel.traffic import TrafficFile, traffic_metrics, write_routed
 from research.parallel.world import ALONE, World
 from research.routing_trace import RoutingTrace
 from research.training import checkpoint, records
@@ -306,6 +306,10 @@ def _traffic(world: World, directory: Path) -> dict[str, float]:
     ledgers = world.gather_objects(world.ledger.take())
     if world.rank == 0:
         TrafficFile(directory / "traffic.jsonl").append(ledgers)
+    if world.ledger.witness:
+        routed = world.gather_objects(world.ledger.take_routed())
+        if world.rank == 0:
+            write_routed(directory / "routed", routed)
     return traffic_metrics(ledgers) | world.mean_of({records.PARALLEL_SECONDS: seconds})
 
 

@@ -17,7 +17,7 @@ def run(world, parent, config, folder, stop_at=None, misbehave=None, witness=Fal
     world.ledger.witness = witness
     result = train(config, Path(folder), recorder, lambda record: record.step == stop_at, device="cpu", world=world)
     metrics = {name: value for name, value in result.metrics.items() if name != "train/tokens_per_second"}
-    return result.state, result.steps, metrics, world.ledger.routed
+    return result.state, result.steps, metrics
 
 
 class Struck(Ledger):
