@@ -1,7 +1,7 @@
 """The options by which a command leaves files behind; the same for every simulator."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,9 +37,9 @@ class Outputs:
         if not any((self.parquet, self.trace_out, self.heatmap, self.figure)):
             return []
         # pyarrow and matplotlib take a second to import, which a command that writes nothing need not wait for.
-        from sims.outputs.of_results import figure_files, heatmap_of, parquet_of, trace_of
+        from sims.outputs.of_results import figure_files, heatmap_of, parquet_of, trace_of  # noqa: PLC0415
 
-        about = {"question": json.dumps(_plain(spec), sort_keys=True), "seed": str(seed if seed is not None else getattr(spec, "seed", ""))}
+        about = {"question": json.dumps(_plain(spec), sort_keys=True, default=str), "seed": str(seed if seed is not None else getattr(spec, "seed", ""))}
         files: dict[Path, bytes] = {}
         if self.parquet is not None:
             files[self.parquet] = parquet_of(result, about)
@@ -52,3 +52,7 @@ class Outputs:
         for path, data in files.items():
             write_bytes(path, data)
         return list(files)
+
+
+def _plain(spec: Any) -> Any:
+    return asdict(spec) if is_dataclass(spec) and not isinstance(spec, type) else spec
