@@ -14,10 +14,14 @@ import simpy
 from research.errors import ConfigError
 from research.routing_trace import RoutingTrace
 from sims.cluster import Cluster, load_cluster
+from sims.collective import collective_seconds, streams
 from sims.formulas import formulas
 from sims.result import Phase, Result
 from sims.routing import synthetic_trace
+from sims.simulation import simulate
 from sims.traffic import Traffic, dispatch, needed_devices, payload_bytes
+
+__all__ = ["AllToAll", "collective_seconds", "simulate", "streams"]
 
 STREAMS = ("nic out", "nic in", "nvlink out", "nvlink in", "sm")
 
@@ -64,7 +68,8 @@ class AllToAll:
             )
 
 
-def simulate(spec: AllToAll, trace: RoutingTrace | None = None) -> Result:
+@simulate.register
+def _(spec: AllToAll, trace: RoutingTrace | None = None) -> Result:
     """Seconds, bytes and straggler; each of the nodes x gpus_per_node GPUs holds an equal run of the experts.
 
     All layers of the trace's last snapshot are dealt round-robin over the GPUs, as often as it takes to

@@ -1,12 +1,15 @@
 """A node type and its links, from YAML: every figure with its unit, its basis and its source."""
 
+import math
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from research.configfile import read_yaml, validate
 from research.errors import ConfigError
 
+Network = Literal["rail-optimized", "plain"]
 CLUSTERS = Path(__file__).with_name("clusters")
 
 
@@ -23,10 +26,12 @@ class Figure:
     unit: str
     basis: Literal["physical", "logical"]
     source: str
+    date: str = ""
+    """When the source was read."""
 
     def __post_init__(self) -> None:
-        if not self.value > 0:
-            raise ValueError(f"value={self.value} must be > 0")
+        if not 0 < self.value < math.inf:
+            raise ValueError(f"value={self.value} must be > 0 and finite")
         if not self.unit.strip() or not self.source.strip():
             raise ValueError("unit and source must be given: a number without them cannot be checked")
 
@@ -38,6 +43,12 @@ class Cluster:
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     name: str
+    key: str = ""
+    """The preset's name, or the path of the file: filled in when it is loaded."""
+    network: Network = "rail-optimized"
+    """rail-optimized: the GPUs of one index share a leaf switch.  plain: every byte crosses leaf and spine."""
+    oversubscription: float = 1.0
+    """Of a plain network's leaves: the bandwidth into them over that out of them."""
     gpus_per_node: Figure
     nvlink_bytes_per_second: Figure
     """One way, per GPU, as achieved."""
@@ -58,6 +69,14 @@ class Cluster:
     hbm_bytes_per_second: Figure
     sms: Figure
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.oversubscription < math.inf:
+            raise ValueError(f"oversubscription={self.oversubscription} must be >= 1")
+        if self.oversubscription > 1 and self.network != "plain":
+            raise ValueError(
+                f"oversubscription={self.oversubscription} needs network: plain; the rails of a rail-optimized network are not oversubscribed"
+            )
+
 
 def cluster_names() -> list[str]:
     return sorted(path.stem for path in CLUSTERS.glob("*.yaml"))
@@ -68,7 +87,57 @@ def load_cluster(name: str | Path) -> Cluster:
     path = CLUSTERS / f"{name}.yaml" if str(name) in cluster_names() else Path(name)
     if not path.exists():
         raise ConfigError(f"cluster = {str(name)!r}: no such preset or file; valid: {', '.join(cluster_names())}, or the path of a YAML file")
-    return validate(Cluster, read_yaml(path), str(path))
+    return _load(path, str(name), path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _load(path: Path, key: str, changed: int) -> Cluster:
+    del changed  # A file that was edited is read again.
+    mapping, problems = in_base_units(read_yaml(path), str(path))
+    try:
+        cluster = validate(Cluster, {**mapping, "key": key}, str(path))
+    except ConfigError as error:
+        raise ConfigError(*problems, *error.problems) from error
+    if problems:
+        raise ConfigError(*problems)
+    return cluster
+
+
+def in_base_units(mapping: dict[str, Any], source: str) -> tuple[dict[str, Any], list[str]]:
+    """The file's figures in bytes, seconds and FLOPs; a sentence for every unit that does not measure what its key says.
+
+    A unit is its first word (`bytes/s`, `GB/s`, `Gb/s`, `us`, `TFLOP/s`, `GiB`, ...), the rest says of what.
+    """
+    result, problems = dict(mapping), []
+    for key, figure in mapping.items():
+        if not isinstance(figure, dict) or not isinstance(figure.get("unit"), str) or not figure["unit"].strip():
+            continue
+        kind = next((k for k in UNITS if key.endswith(k)), None)
+        if kind is None:
+            continue
+        word, _, rest = figure["unit"].strip().partition(" ")
+        if word not in UNITS[kind]:
+            problems.append(f"{source}: {key}.unit = {figure['unit']!r}: does not measure {kind.strip('_')}; valid: {', '.join(UNITS[kind])}")
+        elif isinstance(figure.get("value"), int | float):
+            base = next(iter(UNITS[kind]))
+            result[key] = {**figure, "value": figure["value"] * UNITS[kind][word], "unit": f"{base} {rest}".strip()}
+    return result, problems
+
+
+def _decimal(unit: str, prefixes: str, base: float = 1.0) -> dict[str, float]:
+    return {f"{prefix}{unit}": base * 1000.0 ** (i + 1) for i, prefix in enumerate(prefixes)}
+
+
+_BYTES = {"bytes": 1.0, "B": 1.0} | _decimal("B", "kMGT") | {f"{prefix}iB": 1024.0 ** (i + 1) for i, prefix in enumerate("KMGT")}
+UNITS: dict[str, dict[str, float]] = {
+    "bytes_per_second": {f"{unit}/s": scale for unit, scale in _BYTES.items()} | {f"{u}/s": v for u, v in _decimal("b", "kMGT", 1 / 8).items()},
+    "flops_per_second": {"FLOP/s": 1.0} | _decimal("FLOP/s", "kMGTP"),
+    "seconds": {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9},
+    "bytes": _BYTES,
+    "gpus_per_node": {"GPUs": 1.0, "GPU": 1.0},
+    "sms": {"SMs": 1.0, "SM": 1.0},
+}
+"""By what a key ends in, the units that it may have, the base unit first."""
 
 
 def figures(cluster: Cluster) -> dict[str, Figure]:
