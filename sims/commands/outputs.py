@@ -39,7 +39,10 @@ class Outputs:
         # pyarrow and matplotlib take a second to import, which a command that writes nothing need not wait for.
         from sims.outputs.of_results import figure_files, heatmap_of, parquet_of, trace_of  # noqa: PLC0415
 
-        about = {"question": json.dumps(_plain(spec), sort_keys=True, default=str), "seed": str(seed if seed is not None else getattr(spec, "seed", ""))}
+        about = {
+            "question": json.dumps(_plain(spec), sort_keys=True, default=str),
+            "seed": str(seed if seed is not None else getattr(spec, "seed", "")),
+        }
         files: dict[Path, bytes] = {}
         if self.parquet is not None:
             files[self.parquet] = parquet_of(result, about)
