@@ -101,8 +101,8 @@ def ratio_section() -> Section:
     blocks = [
         "DeepEP's set-up: 256 experts, K = 8 drawn at random, hidden 7,168, FP8 dispatch, 8 GPUs per node, expert-parallel over all of them. "
         "A token crosses InfiniBand once to each other node that it needs, and NVLink once to each device there but the one that it came in by. "
-        f"DeepSeek-V3 gives {known['v3_nvlink'].value:g} GB/s of NVLink beside {known['v3_infiniband'].value:g} GB/s of InfiniBand, a ratio of {ratio:g}: "
-        "NVLink binds where its bytes are more than that many times InfiniBand's.",
+        f"DeepSeek-V3 gives {known['v3_nvlink'].value:g} GB/s of NVLink beside {known['v3_infiniband'].value:g} GB/s of InfiniBand: "
+        f"a ratio of {ratio:g}. NVLink binds where its bytes are more than that many times InfiniBand's.",
         table(["nodes", "NVLink copies per token", "closed form", "InfiniBand copies", "closed form", "ratio of bytes", f"binds at {ratio:g}"], rows),
         "### What the published bandwidths imply",
         *_implied(known),
@@ -152,8 +152,9 @@ def _implied(known: dict[str, Published]) -> list[str]:
     ]
     return [
         table(head, rows),
-        "A logical bandwidth counts the bytes of a rank's own node: the physical rate is (N - 1) / N of it. At 2 nodes InfiniBand carries less than half "
-        "of what it can while NVLink is near its limit; at 4 nodes it is InfiniBand's turn. The bytes alone say so, and the published bandwidths agree.",
+        "A logical bandwidth counts the bytes of a rank's own node: the physical rate is (N - 1) / N of it. At 2 nodes InfiniBand carries less "
+        "than half of what it can while NVLink is near its limit; at 4 nodes it is InfiniBand's turn. The bytes alone say so, and the "
+        "published bandwidths agree.",
     ]
 
 
