@@ -1,4 +1,4 @@
-"""Why a prediction is what it is: what binds, where time goes, and how much each constant matters.
+"""How much each constant matters, and what an explanation consists of.
 
 Sensitivities cost one simulation: every simulator computes with an axis of draws, and here a draw is one constant 10 % up or down.
 """
@@ -60,6 +60,11 @@ def perturbed(constants: Constants) -> Constants:
         values[name] = np.full(1 + 2 * len(names), constants[name][0])
         values[name][2 * index + 1 : 2 * index + 3] *= (UP, DOWN)
     return Constants(values, constants.sources)
+
+
+def best_fit(constants: Constants) -> Constants:
+    """Draw 0 alone."""
+    return Constants({name: values[:1] for name, values in constants.values.items()}, constants.sources)
 
 
 def sensitivities(answers: np.ndarray, constants: Constants) -> list[Sensitivity]:
