@@ -1,11 +1,13 @@
 """What a layer computes, operation by operation, and how long a GPU takes for it.
 
-An operation takes max(FLOPs / (peak x efficiency of its kind), bytes / (HBM bandwidth x efficiency of memory)).  FLOPs are
+An operation takes max(FLOPs / (peak x efficiency of its kind), bytes / (HBM bandwidth x efficiency of memory)), and of a
+product the part of writing its result that nothing hides: inputs of a tile are loaded while the tile before is multiplied, but
+a kernel with one tile per SM at a time stops to write it, which costs thin products (short inner dimensions) most.  FLOPs are
 those of `research.accounting`, split: two for each parameter and token forward, as many again for the gradient of the inputs
 (`backward-input`, B) and of the weights (`backward-weights`, W), and causal attention over half the sequence.  Bytes follow
 from shapes.  Taken as fused: a residual's addition with the norm behind it, the rotation of queries in place, bias-free
-projections of one input (gate and up, queries with keys and values), the gates' multiplication with putting tokens back in
-order, a weight gradient's accumulation in float32 with its product, cross-entropy forward with backward.  Not fused, so that
+projections of one input (gate and up, queries with keys and values), the gates' multiplication with the activation between two
+products, a weight gradient's accumulation in float32 with its product, cross-entropy forward with backward.  Not fused, so that
 they cost a pass over memory of their own: norms, keys put together from their two parts (MLA), the activation between two
 products, sorting tokens by expert and back.
 """
@@ -36,6 +38,7 @@ class Efficiencies(Protocol):
 class Operation:
     """One kernel of one GPU: FLOPs and bytes of all its tokens.
 
+    written: of the bytes, those of a product's result (read, too, where it is added to).
     tokens_per_expert: rows of each product of a grouped GEMM.  compute_bits: 8 uses the FP8 peak, where a cluster has one.
     recomputed: done again in a backward pass, so that it takes time and is none of the model's FLOPs.
     """
@@ -47,6 +50,7 @@ class Operation:
     tokens_per_expert: float | None = None
     compute_bits: int = 16
     recomputed: bool = False
+    written: float = 0.0
 
 
 def operation_seconds(operation: Operation, cluster: Cluster, constants: Efficiencies, sms_share: float = 1.0) -> np.ndarray:
@@ -55,7 +59,8 @@ def operation_seconds(operation: Operation, cluster: Cluster, constants: Efficie
     A grouped GEMM reaches grouped_gemm_share of a dense one's efficiency, times m / (m + grouped_gemm_half_tokens) for m rows
     per expert: rows are padded to whole tiles, and few rows leave SMs without work.  Memory-bound work is bytes alone.
     """
-    moved = operation.bytes / (cluster.hbm_bytes_per_second.value * constants["memory_efficiency"])
+    bandwidth = cluster.hbm_bytes_per_second.value * constants["memory_efficiency"]
+    moved = operation.bytes / bandwidth
     if operation.kind == "memory" or not operation.flops:
         return moved
     efficiency = constants["attention_efficiency" if operation.kind == "attention" else "dense_gemm_efficiency"]
@@ -64,7 +69,10 @@ def operation_seconds(operation: Operation, cluster: Cluster, constants: Efficie
     if operation.tokens_per_expert is not None:
         rows = operation.tokens_per_expert
         efficiency = efficiency * rows / (rows + constants["grouped_gemm_half_tokens"])
-    return np.maximum(operation.flops / (peak(cluster, operation.compute_bits) * sms_share * efficiency), moved)
+    computed = operation.flops / (peak(cluster, operation.compute_bits) * sms_share * efficiency)
+    if not operation.written:
+        return np.maximum(computed, moved)
+    return np.maximum(computed, moved) + constants["exposed_write"] * np.minimum(computed, operation.written / bandwidth)
 
 
 def peak(cluster: Cluster, compute_bits: int = 16) -> float:
@@ -277,9 +285,14 @@ def head_operations(model: ModelConfig, work: Work) -> list[Operation]:
 def gemm(name: str, into: float, out: float, work: Work, *, matrices: float = 1.0, per_head: bool = False) -> list[Operation]:
     """A product with matrices of into x out: of one of them for each row (experts), or of each for every token (`per_head`)."""
     rows, weights = work.tokens * (matrices if per_head else 1.0), matrices * into * out
-    # A weight gradient is added to what the micro-batches before left in float32: read and written.
-    kept = weights * (2 * FLOAT32 if work.phase == "backward-weights" else work.weight_bytes)
-    return [Operation(name, "dense_gemm", 2 * rows * into * out, rows * (into + out) * ACTIVATION + kept, compute_bits=work.compute_bits)]
+    if work.phase == "backward-weights":
+        # A weight gradient is added to what the micro-batches before left in float32: read and written.
+        written = 2 * FLOAT32 * weights
+        moved = rows * (into + out) * ACTIVATION + written
+    else:
+        written = rows * (into if work.phase == "backward-input" else out) * ACTIVATION
+        moved = rows * (into + out) * ACTIVATION + weights * work.weight_bytes
+    return [Operation(name, "dense_gemm", 2 * rows * into * out, moved, compute_bits=work.compute_bits, written=written)]
 
 
 def norm(name: str, width: int, work: Work, *, residual: bool = False) -> list[Operation]:

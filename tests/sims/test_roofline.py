@@ -18,6 +18,7 @@ CONSTANTS = {
     "grouped_gemm_share": np.array([0.8, 0.9]),
     "grouped_gemm_half_tokens": np.array([64.0, 128.0]),
     "memory_efficiency": np.array([0.8, 0.9]),
+    "exposed_write": np.array([0.5, 0.0]),
 }
 
 

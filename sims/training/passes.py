@@ -1,0 +1,265 @@
+"""What one GPU does in one layer, as segments: computing, or an all-to-all with the shared experts computing beside it.
+
+All GPUs of an expert-parallel group meet at every all-to-all, so a segment takes as long as on the slowest of them.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import numpy as np
+
+from sims.cluster import Cluster
+from sims.constants import Constants
+from sims.roofline import (
+    KINDS,
+    Operation,
+    Work,
+    attention_operations,
+    embedding_operations,
+    ffn_operations,
+    gate_operations,
+    head_operations,
+    norm,
+    operation_seconds,
+    routed_operations,
+    shared_operations,
+)
+from sims.training.exchange import Exchange, Sample
+from sims.training.spec import TrainingStep
+
+REBUILT = {
+    "attention norm",
+    "FFN norm",
+    "query norm",
+    "latent norm",
+    "queries from latent",
+    "keys and values",
+    "rotary and keys of two parts",
+    "FFN activation",
+    "shared experts activation",
+    "routed experts activation",
+}
+"""What `recompute: partial` computes again: norms, MLA's up-projections, activations between products."""
+
+
+@dataclass(slots=True)
+class Segment:
+    """One phase of all GPUs of a group.
+
+    seconds: until the slowest is done, float64 (draws,).  compute: by kind of operation, of the average GPU, at full SMs.
+    waiting: what the average GPU waits for the slowest.  exposed: what of `seconds` is neither (communication, and the SMs
+    that it takes from products).  communication: of the all-to-all alone, isolated.  again: what of `compute` is recomputed.
+    """
+
+    name: str
+    stream: str
+    seconds: np.ndarray
+    compute: dict[str, np.ndarray] = field(default_factory=dict)
+    waiting: np.ndarray | float = 0.0
+    exposed: np.ndarray | float = 0.0
+    communication: np.ndarray | float = 0.0
+    again: np.ndarray | float = 0.0
+    slowest: int = -1
+    nvlink_bytes: int = 0
+    infiniband_bytes: int = 0
+
+
+def side_by_side(compute: np.ndarray, communication: np.ndarray, bandwidth: np.ndarray | float, sms: float) -> np.ndarray:
+    """Seconds of both together, each given alone: while both run, communication has `bandwidth` of its rate and products `sms` of theirs."""
+    slow_compute, slow_communication = compute / sms, communication / bandwidth
+    together = np.minimum(slow_compute, slow_communication)
+    return together + np.maximum(compute - sms * together, 0.0) + np.maximum(communication - bandwidth * together, 0.0)
+
+
+def left_over(compute: np.ndarray, communication: np.ndarray, bandwidth: np.ndarray | float, sms: float) -> np.ndarray:
+    """Of `compute`, at full SMs, what is not done when the communication beside it is."""
+    return np.maximum(compute - sms * communication / bandwidth, 0.0)
+
+
+class Layers:
+    """Segments of every kind of layer and pass; layers that are alike are computed once.
+
+    speeds: times of the GPUs of the group over that of a healthy one, float64 (G,).
+    """
+
+    def __init__(self, spec: TrainingStep, cluster: Cluster, constants: Constants, exchange: Exchange | None) -> None:
+        self.spec, self.cluster, self.constants, self.exchange = spec, cluster, constants, exchange
+        sms = spec.communication_sms or cluster.communication_sms.value
+        self.sms = max(1.0 - sms / cluster.sms.value, 1e-3)
+        self.bandwidth = constants["overlapped_bandwidth"]
+        self.sync = _tensor_seconds(spec, cluster)
+        self.layer = lru_cache(maxsize=None)(self._layer)
+
+    def work(self, phase: str, sample: Sample | None = None, device: int = 0) -> Work:
+        spec = self.spec
+        return Work(
+            tokens=spec.tokens,
+            context=spec.sequence_length / 2,
+            phase=phase,  # type: ignore[arg-type]
+            expert_parallel=spec.experts_over,
+            routed_tokens=float(sample.pairs[device]) if sample is not None else None,
+            experts_read=float(sample.touched[device]) if sample is not None else None,
+            shards=spec.tensor_parallel,
+        )
+
+    def ends(self, phase: str, speeds: tuple[float, ...], *, first: bool, last: bool) -> list[Segment]:
+        """Embedding and head of a stage, one segment each."""
+        work = self.work(phase)
+        found: list[tuple[str, list[Operation]]] = []
+        if first:
+            found.append(("embedding", embedding_operations(self.spec.model, work)))
+        if last:
+            found.append(("head", head_operations(self.spec.model, work)))
+        return [self._compute(name, operations, speeds) for name, operations in found if operations]
+
+    def _layer(self, layer_kind: int, phase: str, index: int, speeds: tuple[float, ...]) -> tuple[Segment, ...]:
+        """`layer_kind`: any layer of the same kind.  `index`: of the routing sample."""
+        model, spec = self.spec.model, self.spec
+        if phase == "backward-input" and spec.recompute == "full":
+            again = [_as_recomputed(segment) for segment in self._forward(layer_kind, index, speeds)]
+            return (*again, *self._backward(layer_kind, index, speeds))
+        if phase == "forward":
+            return tuple(self._forward(layer_kind, index, speeds))
+        if phase == "backward-input":
+            return tuple(self._backward(layer_kind, index, speeds))
+        work = self.work(phase)
+        if not model.is_moe_layer(layer_kind):
+            return (self._compute("weights", [*attention_operations(model, work), *ffn_operations(model, layer_kind, work)], speeds),)
+        alike = [*attention_operations(model, work), *self._gate(work), *shared_operations(model, work)]
+        return (self._compute("weights", alike, speeds), self._routed("experts' weights", phase, index, speeds))
+
+    def _forward(self, layer: int, index: int, speeds: tuple[float, ...]) -> list[Segment]:
+        model, work = self.spec.model, self.work("forward")
+        attention = attention_operations(model, work)
+        if not model.is_moe_layer(layer):
+            segment = self._compute("attention", attention, speeds), self._compute("FFN", ffn_operations(model, layer, work), speeds)
+            return [*segment, *self._tensor(4)]
+        first = self._compute("attention", [*attention, *self._gate(work)], speeds)
+        moved = self._experts(index, "forward", shared_operations(model, work), speeds, ("dispatch", "combine"))
+        return [first, *moved, *self._tensor(4)]
+
+    def _backward(self, layer: int, index: int, speeds: tuple[float, ...]) -> list[Segment]:
+        model, work = self.spec.model, self.work("backward-input")
+        attention = [*self._rebuilt(attention_operations(model, self.work("forward"))), *attention_operations(model, work)]
+        if not model.is_moe_layer(layer):
+            before = self._rebuilt(ffn_operations(model, layer, self.work("forward")))
+            ffn = self._compute("FFN", [*before, *ffn_operations(model, layer, work)], speeds)
+            return [ffn, self._compute("attention", attention, speeds), *self._tensor(6)]
+        shared = [*self._rebuilt(shared_operations(model, self.work("forward"))), *shared_operations(model, work)]
+        moved = self._experts(index, "backward-input", shared, speeds, ("combine backward", "dispatch backward"))
+        last = self._compute("attention", [*self._rebuilt(self._gate(self.work("forward"))), *self._gate(work), *attention], speeds)
+        return [*moved, last, *self._tensor(6)]
+
+    def _gate(self, work: Work) -> list[Operation]:
+        return [*norm("FFN norm", self.spec.model.hidden_size, work, residual=True), *gate_operations(self.spec.model, work)]
+
+    def _rebuilt(self, operations: Iterable[Operation]) -> list[Operation]:
+        if self.spec.recompute != "partial":
+            return []
+        return [replace(operation, recomputed=True) for operation in operations if operation.name in REBUILT]
+
+    def _experts(
+        self, index: int, phase: str, shared: Sequence[Operation], speeds: tuple[float, ...], names: tuple[str, str]
+    ) -> list[Segment]:
+        """Tokens out, routed experts, tokens back, the shared experts beside the two ways as far as they fit."""
+        routed = self._routed("experts", phase, index, speeds)
+        beside = self._compute("shared experts", shared, speeds)
+        if self.exchange is None:
+            return [*([beside] if shared else []), routed]
+        sample = self.exchange.samples[index]
+        if not self.spec.shared_expert_overlap:
+            alone = self._compute("nothing", [], speeds)
+            ways = [self._way(name, sample, alone, 0.0) for name in names]
+            return [*([beside] if shared else []), ways[0], routed, ways[1]]
+        there = self._way(names[0], sample, beside, 1.0)
+        rest = left_over(beside.seconds, sample.seconds[names[0]], self.bandwidth, self.sms)
+        share = np.divide(rest, beside.seconds, out=np.zeros_like(rest), where=beside.seconds > 0)
+        there = self._way(names[0], sample, beside, 1.0 - share)
+        return [there, routed, self._way(names[1], sample, beside, share)]
+
+    def _way(self, name: str, sample: Sample, beside: Segment, share: np.ndarray | float) -> Segment:
+        """One all-to-all, and `share` of the computing beside it."""
+        alone = sample.seconds[name]
+        seconds = side_by_side(beside.seconds * share, alone, self.bandwidth, self.sms)
+        compute = {kind: value * share for kind, value in beside.compute.items()}
+        waiting = beside.waiting * share
+        nvlink, infiniband = sample.bytes[name]
+        return Segment(
+            name,
+            "all-to-all",
+            seconds,
+            compute,
+            waiting,
+            seconds - sum(compute.values(), np.zeros_like(seconds)) - waiting,
+            alone,
+            beside.again * share,
+            beside.slowest,
+            nvlink,
+            infiniband,
+        )
+
+    def _compute(self, name: str, operations: Sequence[Operation], speeds: tuple[float, ...]) -> Segment:
+        """The same work on every GPU of the group."""
+        kinds, again = self._by_kind(operations)
+        total = sum(kinds.values(), np.zeros_like(self.bandwidth))
+        mean, worst = float(np.mean(speeds)), max(speeds)
+        compute = {kind: value * mean for kind, value in kinds.items()}
+        slowest = int(np.argmax(speeds)) if worst > min(speeds) else -1
+        return Segment(name, "compute", total * worst, compute, total * (worst - mean), again=again * mean, slowest=slowest)
+
+    def _routed(self, name: str, phase: str, index: int, speeds: tuple[float, ...]) -> Segment:
+        """The routed experts, of which every GPU has its own share of the tokens.
+
+        Seconds are linear in pairs and experts with tokens where products bind, so the mean over GPUs is that of their means.
+        """
+        model = self.spec.model
+        sample = self.exchange.samples[index] if self.exchange is not None else None
+        if sample is None:
+            operations = self._with_rebuilt(phase, lambda p: routed_operations(model, self.work(p)))
+            return self._compute(name, operations, speeds)
+        devices, inverse = np.unique(np.stack([sample.pairs, sample.touched]), axis=1, return_inverse=True)
+        each: list[tuple[dict[str, np.ndarray], np.ndarray]] = []
+        for column in range(devices.shape[1]):
+            device = int(np.flatnonzero(inverse.ravel() == column)[0])
+            each.append(self._by_kind(self._with_rebuilt(phase, lambda p, d=device: routed_operations(model, self.work(p, sample, d)))))
+        which = inverse.ravel()
+        totals = np.stack([sum(each[c][0].values(), np.zeros_like(self.bandwidth)) * speed for c, speed in zip(which, speeds, strict=True)])
+        worst, mean = totals.max(0), totals.mean(0)
+        compute = {kind: sum(each[c][0][kind] * s for c, s in zip(which, speeds, strict=True)) / len(speeds) for kind in KINDS}
+        again = sum(each[c][1] * s for c, s in zip(which, speeds, strict=True)) / len(speeds)
+        slowest = int(np.argmax(totals[:, 0]))
+        return Segment(name, "compute", worst, compute, worst - mean, again=again, slowest=slowest if totals[:, 0].min() < worst[0] else -1)
+
+    def _with_rebuilt(self, phase: str, operations: Callable[[str], list[Operation]]) -> list[Operation]:
+        return [*(self._rebuilt(operations("forward")) if phase == "backward-input" else []), *operations(phase)]
+
+    def _by_kind(self, operations: Iterable[Operation]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Seconds by kind, and those of recomputed operations."""
+        zero = np.zeros_like(self.bandwidth)
+        kinds, again = dict.fromkeys(KINDS, zero), zero
+        for operation in operations:
+            seconds = operation_seconds(operation, self.cluster, self.constants)
+            kinds[operation.kind] = kinds[operation.kind] + seconds
+            if operation.recomputed:
+                again = again + seconds
+        return kinds, again
+
+    def _tensor(self, count: int) -> list[Segment]:
+        """All-gathers and reduce-scatters of tensor parallelism, less what products hide."""
+        if self.spec.tensor_parallel == 1:
+            return []
+        alone = count * self.sync * np.ones_like(self.bandwidth)
+        exposed = alone * (1.0 - self.constants["hidden_tensor_parallel"])
+        return [Segment("tensor parallel", "compute", exposed, {}, 0.0, exposed, alone)]
+
+
+def _as_recomputed(segment: Segment) -> Segment:
+    return replace(segment, name=f"{segment.name} again", again=sum(segment.compute.values(), np.zeros_like(segment.seconds)))
+
+
+def _tensor_seconds(spec: TrainingStep, cluster: Cluster) -> float:
+    """One all-gather or reduce-scatter of a microbatch's residual stream over the tensor-parallel GPUs of a node."""
+    shards = spec.tensor_parallel
+    moved = spec.tokens * spec.model.hidden_size * 2 * (shards - 1) / shards
+    return cluster.nvlink_latency_seconds.value + moved / cluster.nvlink_bytes_per_second.value if shards > 1 else 0.0
