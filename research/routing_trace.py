@@ -85,19 +85,66 @@ class RoutingTrace:
             raise DataError(f"{path}: is not a routing trace ({error})") from error
 
 
-def select_experts(scores: np.ndarray, num_experts_per_tok: int, expert_devices: int = 1, device_limit: int | None = None) -> np.ndarray:
+def select_experts(
+    scores: np.ndarray,
+    num_experts_per_tok: int,
+    expert_devices: int = 1,
+    device_limit: int | None = None,
+    *,
+    node_groups: int = 1,
+    node_limit: int | None = None,
+    node_top: int = 1,
+) -> np.ndarray:
     """Device-limited top-K (V2 section 2.2.2): int64 (..., K), best first, of scores (..., E).
 
     The M devices that hold the highest single affinities are kept, then the top K inside them.
     Experts of other devices are masked with -inf, never with 0, so the sign of a score is free; ties
     go to the lower index.
+
+    With `node_limit` the experts are besides `node_groups` equal groups, and before all else the `node_limit` groups are kept
+    whose `node_top` highest affinities have the largest sum (DeepSeek-V3, section 2.1.2: K / node_limit of them).
     """
     *lead, experts = scores.shape
-    masked = scores.astype(np.float64)
+    exact = np.float32 if scores.dtype in (np.float16, np.float32) else np.float64
+    masked = scores.reshape(-1, experts).astype(exact)
+    if node_limit is not None and node_limit < node_groups:
+        masked = _limited(masked, node_groups, node_limit, node_top)
     if device_limit is not None and device_limit < expert_devices:
-        grouped = masked.reshape(*lead, expert_devices, experts // expert_devices)
-        best = np.argsort(-grouped.max(-1), axis=-1, kind="stable")[..., :device_limit]
-        keep = np.zeros((*lead, expert_devices), dtype=bool)
-        np.put_along_axis(keep, best, True, axis=-1)
-        masked = np.where(keep[..., None], grouped, -np.inf).reshape(*lead, experts)
-    return np.argsort(-masked, axis=-1, kind="stable")[..., :num_experts_per_tok]
+        masked = _limited(masked, expert_devices, device_limit, 1)
+    return _best(masked, num_experts_per_tok).reshape(*lead, min(num_experts_per_tok, experts))
+
+
+def _limited(scores: np.ndarray, groups: int, limit: int, top: int) -> np.ndarray:
+    """Scores (N, E) with all but the best `limit` of the equal groups at -inf; a group is worth its `top` highest scores."""
+    grouped = scores.reshape(len(scores), groups, -1)
+    if top == 1:
+        worth = grouped.max(-1)
+    else:
+        # In float64 and from the highest down: a sum's last bits must not depend on the order in which a partition leaves them.
+        worth = -np.sort(-grouped, axis=-1)[..., :top].astype(np.float64).sum(-1)
+    keep = np.zeros((len(scores), groups), dtype=bool)
+    np.put_along_axis(keep, _best(worth, limit), True, axis=-1)
+    return np.where(keep[..., None], grouped, -np.inf).reshape(scores.shape)
+
+
+def _best(scores: np.ndarray, number: int) -> np.ndarray:
+    """int64 (N, number): the largest of each row (N, E), best first, ties to the lower index.
+
+    `number` maxima one after the other, many times faster than sorting a row of hundreds; sorted where a row has fewer finite scores.
+    """
+    found, lowest = np.empty((len(scores), number), np.int64), np.inf
+    rest, rows = scores.copy(), np.arange(len(scores))
+    for k in range(number if number <= LONG_CHOICE else 0):
+        found[:, k] = rest.argmax(-1)
+        lowest = rest[rows, found[:, k]].min(initial=np.inf)
+        if not lowest > -np.inf:
+            break
+        rest[rows, found[:, k]] = -np.inf
+    # A maximum that is not a number, or -inf again where all is taken, says nothing; then as below.
+    if number > LONG_CHOICE or not lowest > -np.inf:
+        return np.argsort(-scores, axis=-1, kind="stable")[..., :number]
+    return found
+
+
+LONG_CHOICE = 32
+"""Beyond as many choices a sort is as fast."""

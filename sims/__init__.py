@@ -3,9 +3,10 @@
 `simulate(AllToAll(...), trace)` answers with seconds, bytes on every link, and who waited for whom.
 """
 
-from sims.all_to_all import AllToAll, simulate
+from sims.all_to_all import AllToAll, plan
 from sims.cluster import Cluster, load_cluster
 from sims.result import Result
 from sims.routing import reroute, synthetic_trace
+from sims.simulation import simulate
 
-__all__ = ["AllToAll", "Cluster", "Result", "load_cluster", "reroute", "simulate", "synthetic_trace"]
+__all__ = ["AllToAll", "Cluster", "Result", "load_cluster", "plan", "reroute", "simulate", "synthetic_trace"]

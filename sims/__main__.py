@@ -3,9 +3,9 @@
 import sys
 
 from research.errors import UserError
-from sims.commands import all_to_all, app
+from sims.commands import all_to_all, app, calibrate, sweep
 
-__all__ = ["all_to_all", "app"]
+__all__ = ["all_to_all", "app", "calibrate", "sweep"]
 
 
 def main() -> None:

@@ -1,57 +1,100 @@
-"""One MoE layer's all-to-all over a described cluster.
+"""One MoE layer's all-to-all over a described cluster: the question, and its answer by the closed form (T0).
 
-Time has two tiers that must agree: `closed_form` (the largest stream of any GPU) and `event_driven`
-(SimPy: a process per GPU, an event per stream).  The event-driven tier is where contention and faults
-will come in; with one collective alone it equals the closed form, and a test holds it to that.
+T1, the same in events, is `sims.events`; T2, several collectives on shared links, is `sims.sharing`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import numpy as np
-import simpy
 
 from research.errors import ConfigError
 from research.routing_trace import RoutingTrace
-from sims.cluster import Cluster, load_cluster
-from sims.collective import collective_seconds, streams
+from sims.cluster import Cluster, Network, load_cluster
+from sims.collective import collective_seconds, gpu_seconds, latency_seconds, notify_seconds, streams
+from sims.constants import Constants, load_constants, outside
+from sims.events import play, step
 from sims.formulas import formulas
-from sims.result import Phase, Result
-from sims.routing import synthetic_trace
+from sims.placement import NAMES, Placement, place
+from sims.quantiles import Quantiles
+from sims.result import Move, Result
+from sims.routing import FAMILIES, NodeScore, reroute, synthetic_trace
 from sims.simulation import simulate
-from sims.traffic import Traffic, dispatch, needed_devices, payload_bytes
+from sims.timeline import Timeline
+from sims.traffic import Dedup, Traffic, needed_devices, payload_bytes, traffic_of
 
-__all__ = ["AllToAll", "collective_seconds", "simulate", "streams"]
+__all__ = ["AllToAll", "Plan", "collective_seconds", "plan", "simulate", "streams"]
 
-STREAMS = ("nic out", "nic in", "nvlink out", "nvlink in", "sm")
+POOL = 16384
+"""Tokens that are routed; a larger group draws its tokens from these."""
+STRIDE = 7919
+"""A prime: it walks through all layers and domains of a trace, so that every GPU sees the same kind of text."""
+BITS = (8, 16, 32)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AllToAll:
-    """The question: this much work, on these nodes.  Without a trace the routing is random logits."""
+    """The question: this much work, on these nodes.  Without a trace the routing is made up (`routing`)."""
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     cluster: str = "h800"
     nodes: int = 1
     gpus_per_node: int = 8
+    expert_parallel: int | None = None
+    """GPUs of one expert-parallel group; None: all, or where there are more GPUs than experts the largest equal groups that fit."""
+    placement: str | list[list[int]] = "packed"
+    """Where the group's devices stand: packed, spread (one per node as far as it goes), or [node, gpu] for each."""
+    expert_placement: list[int] | None = None
+    """The group's device of each expert; None: equal runs in order."""
     tokens_per_device: int = 4096
     hidden_size: int = 5120
     n_routed_experts: int = 160
     num_experts_per_tok: int = 6
     expert_devices: int = 8
-    device_limit: int | None = 3
+    """The model's D groups of experts, which `device_limit` counts; not the GPUs, unless there are as many."""
+    device_limit: int | None = None
+    """M: a token's experts lie on at most so many of the D devices, those of the highest affinities."""
+    node_limit: int | None = None
+    """A token reaches at most so many of the group's nodes, chosen by `node_score`."""
+    node_score: NodeScore = "sum"
+    """A node's worth: the sum of its K / node_limit highest affinities (DeepSeek-V3), or the highest (max)."""
     dispatch_bits: int = 16
     combine_bits: int = 16
+    dedup: Dedup = "node"
+    """Copies of a token: one per node and device (node), one per device (device), one per expert (none)."""
+    sms: int | None = None
+    """SMs that work on communication; None: the cluster's."""
+    network: Network | None = None
+    oversubscription: float | None = None
+    routing: str = "random"
+    step: int = -1
+    """The snapshot of a trace."""
     seed: int = 0
+    draws: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("nodes", "gpus_per_node", "tokens_per_device", "hidden_size"):
+        for name in ("nodes", "gpus_per_node", "tokens_per_device", "hidden_size", "draws"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be >= 1")
+        for name in ("sms", "expert_parallel", "node_limit"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}={value} must be >= 1, or null")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be >= 0")
         for name in ("dispatch_bits", "combine_bits"):
-            if getattr(self, name) not in (8, 16):
-                raise ValueError(f"{name}={getattr(self, name)} must be 8 (with scales) or 16")
+            if getattr(self, name) not in BITS:
+                raise ValueError(f"{name}={getattr(self, name)} must be 8 (with scales), 16 or 32")
+        if self.routing not in FAMILIES:
+            raise ValueError(f"routing={self.routing!r} must be one of {', '.join(FAMILIES)}")
+        if isinstance(self.placement, str) and self.placement not in NAMES:
+            raise ValueError(f"placement={self.placement!r} must be packed, spread or a list of [node, gpu] for each device")
+        if self.oversubscription is not None and not 1 <= self.oversubscription < float("inf"):
+            raise ValueError(f"oversubscription={self.oversubscription} must be >= 1")
+        self._check_routing()
+
+    def _check_routing(self) -> None:
         experts, devices, chosen, limit = self.n_routed_experts, self.expert_devices, self.num_experts_per_tok, self.device_limit
         if min(experts, devices, chosen) < 1 or experts % devices:
             raise ValueError(f"expert_devices={devices} must divide n_routed_experts={experts}, and num_experts_per_tok={chosen} be >= 1")
@@ -61,129 +104,303 @@ class AllToAll:
             raise ValueError(
                 f"num_experts_per_tok={chosen} does not fit on device_limit={limit} of {devices} devices of {experts // devices} experts"
             )
-        gpus = self.nodes * self.gpus_per_node
-        if self.n_routed_experts % gpus:
+        if self.expert_parallel is not None and (self.nodes * self.gpus_per_node) % self.expert_parallel:
             raise ValueError(
-                f"nodes={self.nodes} x gpus_per_node={self.gpus_per_node} = {gpus} GPUs must divide n_routed_experts={self.n_routed_experts}"
+                f"expert_parallel={self.expert_parallel} must divide nodes={self.nodes} x gpus_per_node={self.gpus_per_node} = "
+                f"{self.nodes * self.gpus_per_node} GPUs"
             )
+
+    def described_cluster(self) -> Cluster:
+        """The cluster with what this question says otherwise of its network; ConfigError for more GPUs than a node has."""
+        cluster = load_cluster(self.cluster)
+        if self.gpus_per_node > cluster.gpus_per_node.value:
+            raise ConfigError(f"gpus_per_node = {self.gpus_per_node}: a node of {cluster.name} has {cluster.gpus_per_node.value:.0f}")
+        if self.sms is not None and self.sms > cluster.sms.value:
+            raise ConfigError(f"sms = {self.sms}: a GPU of {cluster.name} has {cluster.sms.value:.0f}")
+        changes: dict[str, Any] = {}
+        if self.network is not None:
+            changes |= {"network": self.network, "oversubscription": 1.0 if self.network != "plain" else cluster.oversubscription}
+        if self.oversubscription is not None:
+            changes["oversubscription"] = self.oversubscription
+        try:
+            return replace(cluster, **changes) if changes else cluster
+        except ValueError as error:
+            raise ConfigError(f"all-to-all: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The bytes of a question, before any time: what other simulators build on."""
+
+    spec: AllToAll
+    cluster: Cluster
+    placement: Placement
+    groups: int
+    trace: RoutingTrace
+    needed: np.ndarray
+    """bool (P, G), of the pool's tokens."""
+    counts: np.ndarray
+    """float32 (G, P): how often each GPU has each token of the pool."""
+    dispatch: Traffic
+    expert_load: np.ndarray
+    """int64 (E,): token-expert pairs of the group."""
+    warnings: list[str]
+
+    @cached_property
+    def combine(self) -> Traffic:
+        return self.dispatch.reverse(payload_bytes(self.spec.hidden_size, self.spec.combine_bits))
+
+    @cached_property
+    def backward_combine(self) -> Traffic:
+        """Gradients of what combine brought back, out to the experts: a dispatch in combine's bits."""
+        return self.combine.reverse(self.combine.bytes_per_token)
+
+    @property
+    def backward_dispatch(self) -> Traffic:
+        """Gradients of what dispatch sent out, summed on the way back: a combine in combine's bits."""
+        return self.combine
+
+    @property
+    def copies(self) -> np.ndarray:
+        """int64 (G,): tokens that each device works on (with `dedup: none`, token-expert pairs)."""
+        return self.dispatch.logical.sum(0) // self.dispatch.bytes_per_token
+
+
+def plan(spec: AllToAll, trace: RoutingTrace | None = None) -> Plan:
+    """Place, route and count.
+
+    A trace's layers (its snapshot `step`) are dealt over the GPUs, as often as it takes to give each `tokens_per_device` tokens.
+    ConfigError if a trace, a placement and the sizes do not fit together.
+    """
+    cluster = spec.described_cluster()
+    experts = trace.n_routed_experts if trace is not None else spec.n_routed_experts
+    devices, warnings = _group(spec, experts)
+    where = place(
+        spec.placement,
+        spec.expert_placement,
+        devices=devices,
+        nodes=spec.nodes if spec.placement != "packed" else max(1, -(-devices // spec.gpus_per_node)),
+        gpus_per_node=spec.gpus_per_node,
+        n_routed_experts=experts,
+    )
+    if spec.expert_placement is None and experts % devices:
+        warnings.append(f"n_routed_experts = {experts} over {devices} devices: does not come out even, some hold one expert more")
+    trace = _routed(spec, where, trace)
+    ids = trace.expert_ids[_step(spec, trace)].reshape(-1, trace.num_experts_per_tok)
+    counts, used = _dealt(spec, devices, len(ids), contiguous=spec.routing == "balanced")
+    ids = ids[used]
+    needed = needed_devices(ids, where.expert_device, devices)
+    chosen = None
+    if spec.dedup == "none":
+        chosen = np.zeros(needed.shape, np.float32)
+        np.add.at(chosen, (np.arange(len(ids))[:, None], where.expert_device[ids]), 1)
+    down = payload_bytes(spec.hidden_size, spec.dispatch_bits)
+    load = np.bincount(ids.ravel(), weights=np.repeat(counts.sum(0, dtype=np.float64), ids.shape[1]), minlength=experts)
+    return Plan(
+        spec=spec,
+        cluster=cluster,
+        placement=where,
+        groups=spec.nodes * spec.gpus_per_node // devices,
+        trace=trace,
+        needed=needed,
+        counts=counts,
+        dispatch=traffic_of(counts, needed, where, down, dedup=spec.dedup, chosen=chosen),
+        expert_load=np.rint(load).astype(np.int64),
+        warnings=warnings,
+    )
 
 
 @simulate.register
 def _(spec: AllToAll, trace: RoutingTrace | None = None) -> Result:
-    """Seconds, bytes and straggler; each of the nodes x gpus_per_node GPUs holds an equal run of the experts.
+    """Seconds, bytes and straggler of one layer's all-to-all, forward and backward (`sims.simulate`)."""
+    planned = plan(spec, trace)
+    return answer(planned, load_constants(planned.cluster, spec.draws))
 
-    All layers of the trace's last snapshot are dealt round-robin over the GPUs, as often as it takes to
-    give each `tokens_per_device` tokens.  ConfigError if the trace's experts do not fit on the GPUs.
-    """
-    cluster = load_cluster(spec.cluster)
-    if spec.gpus_per_node > cluster.gpus_per_node.value:
-        raise ConfigError(f"gpus_per_node = {spec.gpus_per_node}: a node of {cluster.name} has {cluster.gpus_per_node.value:.0f}")
-    trace = trace if trace is not None else _synthetic(spec)
-    gpus = spec.nodes * spec.gpus_per_node
-    if trace.n_routed_experts % gpus:
-        raise ConfigError(
-            f"{trace.n_routed_experts} experts cannot be spread evenly over nodes = {spec.nodes} x gpus_per_node = {spec.gpus_per_node} GPUs"
-        )
-    ids = trace.expert_ids[-1].reshape(-1, trace.num_experts_per_tok)
-    tokens = np.arange(gpus * spec.tokens_per_device)
-    # A prime stride walks through all layers and domains, so that every GPU sees the same kind of text.
-    needed = needed_devices(ids, trace.n_routed_experts, gpus)[tokens // gpus * 7919 % len(ids)]
-    source = tokens % gpus
-    down, up = payload_bytes(spec.hidden_size, spec.dispatch_bits), payload_bytes(spec.hidden_size, spec.combine_bits)
-    there = dispatch(needed, source, spec.gpus_per_node, down)
-    back = there.reverse(up, of=down)
-    load = needed.sum(0)
+
+def answer(planned: Plan, constants: Constants) -> Result:
+    """The plan in time."""
+    spec, cluster, trace = planned.spec, planned.cluster, planned.trace
+    sms = float(spec.sms if spec.sms is not None else cluster.communication_sms.value)
+    forward = {"dispatch": planned.dispatch, "combine": planned.combine}
+    moves = {
+        name: move(traffic, cluster, constants, sms=sms, experts=trace.n_routed_experts, notify=name == "dispatch")
+        for name, traffic in (*forward.items(), ("backward_combine", planned.backward_combine), ("backward_dispatch", planned.backward_dispatch))
+    }
+    load, weights = planned.copies, planned.counts.sum(0, dtype=np.float64)
+    weights = weights / weights.sum()
+    at = planned.placement.node_matrix().astype(np.float32)
+    per_device = trace.n_routed_experts // trace.expert_devices
+    ids = trace.expert_ids[_step(spec, trace)].reshape(-1, trace.num_experts_per_tok)
     return Result(
         cluster=cluster.name,
         nodes=spec.nodes,
         gpus_per_node=spec.gpus_per_node,
+        expert_parallel=planned.placement.devices,
+        groups=planned.groups,
         device_limit=trace.device_limit,
+        node_limit=spec.node_limit,
         num_experts_per_tok=trace.num_experts_per_tok,
-        dispatch=phase(there, cluster, spec.nodes, notify=True),
-        combine=phase(back, cluster, spec.nodes, notify=False),
-        distinct_devices_per_token=float(needed.sum(1).mean()),
-        distinct_nodes_per_token=float(needed.reshape(len(needed), spec.nodes, -1).any(2).sum(1).mean()),
+        sms=sms,
+        seed=spec.seed,
+        routing=spec.routing,
+        **moves,
+        distinct_devices_per_token=float(planned.needed.sum(1) @ weights),
+        distinct_routing_devices_per_token=float(needed_devices(ids // per_device, trace.expert_devices, trace.expert_devices).sum(1).mean()),
+        distinct_nodes_per_token=float((planned.needed @ at > 0).sum(1) @ weights),
         expert_load_violation=float(load.max() / load.mean() - 1),
-        nvlink_matrix=there.nvlink + back.nvlink,
-        infiniband_matrix=there.infiniband + back.infiniband,
+        nvlink_matrix=planned.dispatch.nvlink + planned.combine.nvlink,
+        infiniband_matrix=planned.dispatch.infiniband + planned.combine.infiniband,
         formulas=formulas(
             cluster,
-            nodes=spec.nodes,
-            gpus_per_node=spec.gpus_per_node,
-            tokens=spec.tokens_per_device,
+            nodes=planned.placement.nodes,
+            gpus_per_node=max(1, planned.placement.devices // planned.placement.nodes),
+            tokens=float(planned.counts.sum(dtype=np.float64)) / planned.placement.devices,
             chosen=trace.num_experts_per_tok,
-            dispatch_bytes=down,
-            combine_bytes=up,
+            dispatch_bytes=planned.dispatch.bytes_per_token,
+            combine_bytes=planned.combine.bytes_per_token,
         ),
+        warnings=[*planned.warnings, *outside(query(planned, sms))],
+        constants=constants.to_dict(),
+        phases=partial(timeline, planned, constants, sms),
     )
 
 
-def phase(traffic: Traffic, cluster: Cluster, nodes: int, *, notify: bool) -> Phase:
-    """One direction in time, by the event-driven tier."""
-    streams = stream_seconds(traffic, cluster)
-    fixed = _fixed_seconds(traffic, cluster, nodes, notify=notify)
-    seconds, finished = event_driven(streams, fixed)
-    straggler = int(np.argmax(finished))
-    return Phase(
-        seconds=seconds,
-        straggler=straggler,
-        binds=max(STREAMS, key=lambda name: streams[name][straggler]),
-        waiting_seconds=float(seconds - finished.mean()),
-        stream_seconds={name: values.tolist() for name, values in streams.items()},
-        nvlink_bytes=int(traffic.nvlink.sum()),
-        infiniband_bytes=int(traffic.infiniband.sum()),
-        logical_bytes=int(traffic.logical.sum()),
-    )
-
-
-def stream_seconds(traffic: Traffic, cluster: Cluster) -> dict[str, np.ndarray]:
-    """Busy seconds of each stream of each GPU, float64 (G,); SMs copy what goes out over either link."""
-    nvlink, nic = cluster.nvlink_bytes_per_second.value, cluster.nic_bytes_per_second.value
-    sm = cluster.communication_sms.value * cluster.sm_bytes_per_second.value
-    out_nvlink, out_nic = traffic.nvlink.sum(1), traffic.infiniband.sum(1)
+def query(planned: Plan, sms: float) -> dict[str, Any]:
+    """What of the question the calibration has a range for."""
+    spec = planned.spec
     return {
-        "nic out": out_nic / nic,
-        "nic in": traffic.infiniband.sum(0) / nic,
-        "nvlink out": out_nvlink / nvlink,
-        "nvlink in": traffic.nvlink.sum(0) / nvlink,
-        "sm": (out_nvlink + out_nic) / sm,
+        "cluster": planned.cluster.key,
+        "nodes": planned.placement.nodes,
+        "sms": sms,
+        "tokens_per_device": spec.tokens_per_device,
+        "hidden_size": spec.hidden_size,
+        "num_experts_per_tok": planned.trace.num_experts_per_tok,
     }
 
 
-def _fixed_seconds(traffic: Traffic, cluster: Cluster, nodes: int, *, notify: bool) -> float:
-    if not traffic.nvlink.any() and not traffic.infiniband.any():
-        return 0.0
-    network = cluster.network_latency_seconds.value if nodes > 1 else 0.0
-    return cluster.nvlink_latency_seconds.value + network + (cluster.notify_seconds.value if notify else 0.0)
+def move(traffic: Traffic, cluster: Cluster, constants: Constants, *, sms: float, experts: int, notify: bool) -> Move:
+    """One direction in time, by the closed form."""
+    found = streams(traffic, cluster, constants, sms=sms)
+    by_gpu = gpu_seconds(found, constants)
+    seconds = latency_seconds(traffic, cluster, constants) + by_gpu.max(1)
+    straggler = int(by_gpu[0].argmax())
+    gpus, time = len(by_gpu[0]), Quantiles.of(seconds)
+    node_logical = int(traffic.node_logical.sum()) if traffic.nodes > 1 else 0
+    totals = {
+        "nvlink_physical": int(traffic.nvlink.sum()),
+        "nvlink_logical": int(traffic.logical.sum()),
+        "infiniband_physical": int(traffic.infiniband.sum()),
+        "infiniband_logical": node_logical,
+    }
+    return Move(
+        seconds=time,
+        notify_seconds=Quantiles.of(notify_seconds(traffic, cluster, constants) if notify else np.zeros(1)),
+        straggler=straggler,
+        binds=max(found, key=lambda name: found[name][0, straggler]) if traffic.moves else "nothing",
+        waiting_seconds=float(by_gpu[0].max() - by_gpu[0].mean()),
+        stream_seconds={name: values[0].tolist() for name, values in found.items()},
+        bytes_per_token=traffic.bytes_per_token,
+        nvlink_bytes=totals["nvlink_physical"],
+        infiniband_bytes=totals["infiniband_physical"],
+        nvlink_logical_bytes=totals["nvlink_logical"],
+        infiniband_logical_bytes=totals["infiniband_logical"],
+        count_bytes=4 * (gpus - 1) * (experts + gpus) if notify and gpus > 1 else 0,
+        gigabytes_per_second={name: total / gpus / time.p50 / 1e9 if time.p50 else 0.0 for name, total in totals.items()},
+    )
 
 
-def closed_form(streams: dict[str, np.ndarray], fixed: float) -> float:
-    """Latency, then the slowest stream of the slowest GPU: streams of a GPU run side by side."""
-    return fixed + float(max(values.max() for values in streams.values()))
+def _group(spec: AllToAll, experts: int) -> tuple[int, list[str]]:
+    """GPUs of one expert-parallel group, and what must be said of it."""
+    gpus = spec.nodes * spec.gpus_per_node
+    if spec.expert_parallel is not None:
+        return spec.expert_parallel, []
+    if not isinstance(spec.placement, str):
+        return len(spec.placement), []
+    if spec.expert_placement is not None:
+        return min(gpus, max(spec.expert_placement, default=0) + 1) if gpus > experts else gpus, []
+    if gpus <= experts:
+        return gpus, []
+    sizes = [size for size in range(1, experts + 1) if gpus % size == 0 and (size % spec.gpus_per_node == 0 or size < spec.gpus_per_node)]
+    even = [size for size in sizes if experts % size == 0]
+    size = max(even or sizes)
+    return size, [f"nodes = {spec.nodes} x gpus_per_node = {spec.gpus_per_node}: {gpus} GPUs for {experts} experts are {gpus // size} "
+                  f"expert-parallel groups of {size} GPUs; set expert_parallel to choose otherwise"]  # fmt: skip
 
 
-def event_driven(streams: dict[str, np.ndarray], fixed: float) -> tuple[float, np.ndarray]:
-    """The same in SimPy: seconds, and when each GPU was done, float64 (G,)."""
-    environment = simpy.Environment()
-    gpus = len(streams[STREAMS[0]])
-    finished = np.zeros(gpus)
-
-    def gpu(index: int) -> Any:
-        yield environment.timeout(fixed)
-        yield environment.all_of([environment.timeout(float(streams[name][index])) for name in STREAMS])
-        finished[index] = environment.now
-
-    environment.run(environment.all_of([environment.process(gpu(i)) for i in range(gpus)]))
-    return float(environment.now), finished
-
-
-def _synthetic(spec: AllToAll) -> RoutingTrace:
+def _routed(spec: AllToAll, where: Placement, trace: RoutingTrace | None) -> RoutingTrace:
+    """The trace as it is, re-routed where a limit in nodes is asked for, or one made up."""
+    groups = where.nodes if spec.node_limit is not None and spec.node_limit < where.nodes else 1
+    experts = trace.n_routed_experts if trace is not None else spec.n_routed_experts
+    chosen = trace.num_experts_per_tok if trace is not None else spec.num_experts_per_tok
+    if groups > 1:
+        _check_node_limit(spec, where, experts, chosen)
+    if trace is not None:
+        if groups == 1:
+            return trace
+        return reroute(trace, trace.device_limit, node_groups=groups, node_limit=spec.node_limit, node_score=spec.node_score)
+    tokens = min(POOL, where.devices * spec.tokens_per_device)
+    if spec.routing == "balanced":
+        tokens = _whole_orbits(where.devices * spec.tokens_per_device, experts)
     return synthetic_trace(
-        "random",
-        tokens=4096,
-        n_routed_experts=spec.n_routed_experts,
-        num_experts_per_tok=spec.num_experts_per_tok,
+        spec.routing,
+        tokens=tokens,
+        n_routed_experts=experts,
+        num_experts_per_tok=chosen,
         expert_devices=spec.expert_devices,
         device_limit=spec.device_limit,
         seed=spec.seed,
+        node_groups=groups,
+        node_limit=spec.node_limit if groups > 1 else None,
+        node_score=spec.node_score,
     )
+
+
+def _whole_orbits(tokens: int, experts: int) -> int:
+    """Tokens of a balanced pool: whole orbits, which the group's tokens go through a whole number of times where that can be."""
+    most = max(1, 2 * POOL // experts)
+    heads = next((h for h in range(most, 0, -1) if tokens % (h * experts) == 0), most)
+    return experts * (heads if heads >= FEWEST_HEADS or tokens < FEWEST_HEADS * experts else most)
+
+
+FEWEST_HEADS = 16
+"""Orbits of a balanced pool; with fewer, chance in the tokens that head them shows."""
+
+
+def _check_node_limit(spec: AllToAll, where: Placement, experts: int, chosen: int) -> None:
+    """The rule's groups must be the nodes: equal runs of experts, each on one node."""
+    node = where.node_index()[where.expert_device]
+    if experts % where.nodes or (node != np.arange(experts) // (experts // where.nodes)).any():
+        raise ConfigError(
+            f"node_limit = {spec.node_limit}: needs the experts in equal runs on the {where.nodes} nodes of the group, which this placement does "
+            "not give; use placement = packed, or limit devices (device_limit)"
+        )
+    limit = spec.node_limit or where.nodes
+    if chosen > limit * (experts // where.nodes):
+        raise ConfigError(f"node_limit = {limit}: {chosen} experts per token do not fit on {limit} nodes of {experts // where.nodes} experts")
+
+
+def _step(spec: AllToAll, trace: RoutingTrace) -> int:
+    steps = len(trace.steps)
+    if not -steps <= spec.step < steps:
+        raise ConfigError(f"step = {spec.step}: the trace has {steps} snapshots; valid: {-steps} to {steps - 1}")
+    return spec.step
+
+
+def _dealt(spec: AllToAll, devices: int, pool: int, *, contiguous: bool) -> tuple[np.ndarray, np.ndarray]:
+    """float32 (G, U) how often each GPU has each used token of the pool, and int64 (U,) which ones those are."""
+    each = np.full(devices, spec.tokens_per_device)
+    if spec.routing == "ragged":
+        # From half to one and a half times the mean.
+        each = np.maximum(1, np.rint(spec.tokens_per_device * np.linspace(0.5, 1.5, devices)).astype(np.int64)) if devices > 1 else each
+    source = np.repeat(np.arange(devices), each)
+    drawn = np.arange(len(source)) if contiguous else np.arange(len(source)) * STRIDE
+    used, index = np.unique(drawn % pool, return_inverse=True)
+    counts = np.bincount(source * len(used) + index, minlength=devices * len(used))
+    return counts.reshape(devices, len(used)).astype(np.float32), used
+
+
+def timeline(planned: Plan, constants: Constants, sms: float) -> Timeline:
+    """Notify, dispatch and combine of the forward pass in events (T1), the experts' own time left out."""
+    moves = (("dispatch", planned.dispatch, True), ("combine", planned.combine, False))
+    steps = [step(name, traffic, planned.cluster, constants, sms=sms, notify=notify) for name, traffic, notify in moves if traffic.moves]
+    return play(steps, planned.placement, gpus_per_node=planned.spec.gpus_per_node, copies=planned.groups).timeline

@@ -15,17 +15,36 @@ from sims.traffic import Traffic
 STREAMS = ("nic out", "nic in", "nvlink out", "nvlink in", "sm")
 CLASSES = {"nic": ("nic out", "nic in"), "nvlink": ("nvlink out", "nvlink in"), "sm": ("sm",)}
 
+Moved = Mapping[str, np.ndarray]
+"""By stream, int64 (G,): the bytes that each GPU moves on it."""
 Speed = Mapping[str, np.ndarray]
 """By stream, float64 (G,): the share of its bandwidth that each GPU's link still has (1: healthy)."""
 
 
+def moved_bytes(traffic: Traffic) -> Moved:
+    """What each GPU's streams move."""
+    return {
+        "nic out": traffic.infiniband.sum(1),
+        "nic in": traffic.infiniband.sum(0),
+        "nvlink out": traffic.nvlink.sum(1),
+        "nvlink in": traffic.nvlink.sum(0),
+        "sm": traffic.sm,
+    }
+
+
 def streams(
-    traffic: Traffic, cluster: Cluster, constants: Constants, *, sms: float | None = None, speed: Speed | None = None
+    traffic: Traffic,
+    cluster: Cluster,
+    constants: Constants,
+    *,
+    sms: float | None = None,
+    speed: Speed | None = None,
+    moved: Moved | None = None,
 ) -> dict[str, np.ndarray]:
     """Busy seconds of each stream of each GPU, float64 (draws, G), isolated.
 
     `sms` work on the collective (None: the cluster's `communication_sms`).  Each copy of a token carries a header, which
-    costs time but is not counted among the bytes.
+    costs time but is not counted among the bytes.  `moved` spares their summing where one traffic is timed many times.
     """
     workers = cluster.communication_sms.value if sms is None else sms
     heavier = 1 + constants["header_bytes"] / traffic.bytes_per_token
@@ -35,14 +54,9 @@ def streams(
     oversubscribed = cluster.oversubscription if cluster.network == "plain" else 1.0
     nic = slower * oversubscribed / (cluster.nic_bytes_per_second.value * constants["nic_efficiency"])
     sm = slower / (workers * cluster.sm_bytes_per_second.value * constants["sm_efficiency"])
-    moved = {
-        "nic out": (traffic.infiniband.sum(1), nic),
-        "nic in": (traffic.infiniband.sum(0), nic),
-        "nvlink out": (traffic.nvlink.sum(1), nvlink),
-        "nvlink in": (traffic.nvlink.sum(0), nvlink),
-        "sm": (traffic.sm, sm),
-    }
-    found = {name: np.multiply.outer(per_byte * constants["unexplained"], bytes_) for name, (bytes_, per_byte) in moved.items()}
+    per_byte = {"nic out": nic, "nic in": nic, "nvlink out": nvlink, "nvlink in": nvlink, "sm": sm}
+    moved = moved_bytes(traffic) if moved is None else moved
+    found = {name: np.multiply.outer(per_byte[name] * constants["unexplained"], moved[name]) for name in STREAMS}
     return {name: value / speed[name] if speed and name in speed else value for name, value in found.items()}
 
 
@@ -86,6 +100,7 @@ def collective_seconds(
     notify: bool = False,
     contention: float | np.ndarray = 1.0,
     speed: Speed | None = None,
+    moved: Moved | None = None,
 ) -> np.ndarray:
     """Seconds of one collective, float64 (draws,).
 
@@ -93,6 +108,6 @@ def collective_seconds(
     """
     if not traffic.moves:
         return np.zeros(constants.draws)
-    transmit = gpu_seconds(streams(traffic, cluster, constants, sms=sms, speed=speed), constants).max(1)
+    transmit = gpu_seconds(streams(traffic, cluster, constants, sms=sms, speed=speed, moved=moved), constants).max(1)
     seconds = latency_seconds(traffic, cluster, constants) + transmit * contention
     return seconds + notify_seconds(traffic, cluster, constants) if notify else seconds

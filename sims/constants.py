@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,6 +21,13 @@ from research.errors import ConfigError
 from sims.cluster import Cluster
 
 CALIBRATION = Path(__file__).with_name("calibration")
+
+
+def spread_normal(random: np.random.Generator, number: int) -> np.ndarray:
+    """float64 (number,): 0, then evenly spaced quantiles of the standard normal in random order (a Latin hypercube's column):
+    tens of draws already have its median and spread."""
+    quantiles = [NormalDist().inv_cdf((i + 0.5) / (number - 1)) for i in range(number - 1)]
+    return np.concatenate([[0.0], random.permutation(quantiles)])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,8 +53,7 @@ class Prior:
 
     def draws(self, name: str, number: int) -> np.ndarray:
         """float64 (number,), log-normal on either side of the best value; the name is the seed, so constants are independent."""
-        normal = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(number)
-        normal[0] = 0.0
+        normal = spread_normal(np.random.default_rng(zlib.crc32(name.encode())), number)
         below, above = np.log(self.best / self.low) / 1.2816, np.log(self.high / self.best) / 1.2816
         side = np.where(normal < 0, below, above)
         return self.best * np.exp(normal * side)

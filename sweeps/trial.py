@@ -113,8 +113,8 @@ def simulate_run(directory: Path, spec: AllToAll) -> dict[str, float]:
     result = simulate(spec, trace)
     per_device = trace.n_routed_experts // trace.expert_devices
     limits = [m for m in range(1, trace.expert_devices + 1) if m * per_device >= trace.num_experts_per_tok]
-    others = {str(limit or "unrestricted"): simulate(spec, reroute(trace, limit)).to_dict() for limit in (*limits, None)}
-    write_text(directory / schema.SIMULATION_FILE, json.dumps({"result": result.to_dict(), "by_device_limit": others}))
+    others = {str(limit or "unrestricted"): simulate(spec, reroute(trace, limit)).record() for limit in (*limits, None)}
+    write_text(directory / schema.SIMULATION_FILE, json.dumps({"result": result.record(), "by_device_limit": others}))
     return _simulation_metrics(result)
 
 
@@ -139,7 +139,7 @@ def write_summary(directory: Path, summary: Mapping[str, Any]) -> None:
 
 
 def _simulation_metrics(result: Result) -> dict[str, float]:
-    found = result.to_dict()
+    found = result.record()
     return {
         schema.DISPATCH_SECONDS: found["dispatch_seconds"],
         schema.COMBINE_SECONDS: found["combine_seconds"],

@@ -1,154 +1,112 @@
-"""`all-to-all`, `sweep` and `clusters`."""
+"""`all-to-all` and `clusters`."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from research.configfile import apply_overrides, validate
-from research.errors import ConfigError
-from research.routing_trace import RoutingTrace
 from research.terminal import console
-from sims.all_to_all import AllToAll, simulate
 from sims.cluster import cluster_names, figures, load_cluster
-from sims.commands import app
+from sims.commands import app, question
+from sims.commands.question import AsJson, Overrides, Trace
+from sims.formulas import FORMULAS
+from sims.quantiles import Quantiles
 from sims.result import Result
-from sims.routing import reroute
-
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="field=value of the question, such as device_limit=2; see --help of all-to-all")]
-Trace = Annotated[Path | None, typer.Option(help="routing.npz of a trained model; without it random logits are routed")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object instead of a table")]
-ClusterOption = Annotated[str, typer.Option(help="h800, h100, h200, a100, or a YAML file of your own")]
+from sims.simulation import simulate
 
 
 @app.command("all-to-all")
 def all_to_all(
-    cluster: ClusterOption = "h800",
-    nodes: int = 1,
-    gpus_per_node: int = 8,
+    cluster: question.Cluster = None,
+    nodes: Annotated[int | None, typer.Option(help="1 to 512 (1)")] = None,
+    gpus_per_node: question.GpusPerNode = None,
+    expert_parallel: question.ExpertParallel = None,
+    placement: question.PlacementOption = None,
+    tokens_per_device: Annotated[int | None, typer.Option("--tokens-per-device", "--tokens", help="Tokens of each GPU (4096)")] = None,
+    model: question.Model = None,
+    hidden_size: Annotated[int | None, typer.Option("--hidden-size", "--hidden", help="Elements of a token (5120)")] = None,
+    experts: question.Experts = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", "-k", "--num-experts-per-tok", help="K: routed experts of a token (6)")] = None,
+    device_limit: Annotated[int | None, typer.Option("--device-limit", "-m", help="M: of the D devices (unrestricted)")] = None,
+    expert_devices: question.ExpertDevices = None,
+    node_limit: question.NodeLimit = None,
+    node_score: question.NodeScore = None,
+    dispatch_bits: question.DispatchBits = None,
+    combine_bits: question.CombineBits = None,
+    sms: Annotated[int | None, typer.Option(help="SMs that communicate (the cluster's)")] = None,
+    routing: question.Routing = None,
     trace: Trace = None,
+    dedup: question.Dedup = None,
+    network: question.Network = None,
+    oversubscription: question.Oversubscription = None,
+    seed: question.Seed = None,
     overrides: Overrides = None,
     formula: Annotated[bool, typer.Option(help="Show the formulas of other tools beside ours")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Dispatch and combine of one MoE layer.  Example: python -m sims all-to-all --nodes 2 --gpus-per-node 4 --set device_limit=3 --formula
+    """Dispatch and combine of one MoE layer.  Example: python -m sims all-to-all --nodes 2 --model deepseek-v2 --device-limit 2 --formula
 
-    Fields for --set: tokens_per_device, hidden_size, n_routed_experts, num_experts_per_tok, expert_devices,
-    device_limit, dispatch_bits, combine_bits, seed.
+    Times are P10, P50 and P90 of isolated transmit time with its latency; notify, the exchange of counts, stands beside them.
+    Every option is also a field for --set (n_routed_experts, num_experts_per_tok, ... as in a model's configuration).
     """
-    spec = _spec(cluster, nodes, gpus_per_node, overrides)
-    result = simulate(spec, _routing(spec, trace, overrides))
+    options = {
+        "cluster": cluster, "nodes": nodes, "gpus_per_node": gpus_per_node, "expert_parallel": expert_parallel,
+        "tokens_per_device": tokens_per_device, "hidden_size": hidden_size, "n_routed_experts": experts, "num_experts_per_tok": top_k,
+        "device_limit": device_limit, "expert_devices": expert_devices, "node_limit": node_limit, "node_score": node_score,
+        "dispatch_bits": dispatch_bits, "combine_bits": combine_bits, "sms": sms, "routing": routing, "dedup": dedup, "network": network,
+        "oversubscription": oversubscription, "seed": seed,
+    }  # fmt: skip
+    spec, asked = question.question(options, model, placement, overrides)
+    result: Result = simulate(spec, question.routed(spec, trace, asked))
     if as_json:
         print(json.dumps(result.to_dict()))
         return
-    table = Table(
-        "",
-        "seconds",
-        "binds",
-        "straggler",
-        "mean wait",
-        "NVLink bytes",
-        "InfiniBand bytes",
-        title=f"{result.cluster}, {nodes} x {gpus_per_node} GPUs",
-    )
-    for name, phase in (("dispatch", result.dispatch), ("combine", result.combine)):
-        cells = (f"{phase.seconds * 1e6:,.0f} us", phase.binds, f"GPU {phase.straggler}", f"{phase.waiting_seconds * 1e6:,.0f} us")
-        table.add_row(name, *cells, f"{phase.nvlink_bytes:,}", f"{phase.infiniband_bytes:,}")
+    _print(result, formula=formula)
+
+
+def microseconds(time: Quantiles) -> str:
+    """P50 and, in brackets, P10 to P90."""
+    p10, p50, p90 = (f"{value * 1e6:,.0f}" for value in time)
+    return f"{p50} us ({p10} to {p90})"
+
+
+def _print(result: Result, *, formula: bool) -> None:
+    table = Table("", "P50 (P10 to P90)", "binds", "straggler", "mean wait", "NVLink bytes", "logical", "InfiniBand bytes", "logical",
+                  "GB/s NVLink", "logical", "InfiniBand", "logical",
+                  title=f"{result.cluster}: {result.groups} x {result.expert_parallel} GPUs, {result.sms:g} SMs")  # fmt: skip
+    table.add_row("notify", microseconds(result.dispatch.notify_seconds))
+    for name in ("dispatch", "combine", "backward_combine", "backward_dispatch"):
+        found = getattr(result, name)
+        cells = (microseconds(found.seconds), found.binds, f"GPU {found.straggler}", f"{found.waiting_seconds * 1e6:,.0f} us")
+        moved = (found.nvlink_bytes, found.nvlink_logical_bytes, found.infiniband_bytes, found.infiniband_logical_bytes)
+        rates = (found.gigabytes_per_second[key] for key in ("nvlink_physical", "nvlink_logical", "infiniband_physical", "infiniband_logical"))
+        table.add_row(name.replace("backward_", "backward of "), *cells, *(f"{value:,}" for value in moved), *(f"{rate:.1f}" for rate in rates))
     if formula:
         for name, seconds in result.formulas.items():
-            table.add_row(f"both, {name}", f"{seconds * 1e6:,.0f} us", "(formula of other tools)")
+            down, up = (seconds[f"{direction}_seconds"] * 1e6 for direction in ("dispatch", "combine"))
+            table.add_row(f"formula {name}", f"{down:,.0f} us and {up:,.0f} us", FORMULAS[name])
     console().print(table)
-    print(f"{result.distinct_devices_per_token:.3f} distinct devices and {result.distinct_nodes_per_token:.3f} nodes per token; bytes are physical")
-
-
-@app.command()
-def sweep(
-    cluster: ClusterOption = "h800",
-    nodes: int = 2,
-    gpus_per_node: int = 4,
-    trace: Trace = None,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-) -> None:
-    """The same tokens under every device limit M.  Example: python -m sims sweep --nodes 2 --gpus-per-node 4"""
-    spec = _spec(cluster, nodes, gpus_per_node, overrides)
-    given = _trace(trace)
-    devices = given.expert_devices if given else spec.expert_devices
-    results: list[Result] = []
-    for limit in [*range(1, devices + 1), None]:
-        if given is not None:
-            if limit is None or limit * (given.n_routed_experts // devices) >= given.num_experts_per_tok:
-                results.append(simulate(spec, reroute(given, limit)))
-        elif limit is None or limit * (spec.n_routed_experts // devices) >= spec.num_experts_per_tok:
-            results.append(simulate(replace(spec, device_limit=limit)))
-    if as_json:
-        print(json.dumps([result.to_dict() for result in results]))
-        return
-    table = Table(
-        "M",
-        "devices/token",
-        "dispatch us",
-        "combine us",
-        "binds",
-        "NVLink bytes",
-        "InfiniBand bytes",
-        title=results[0].cluster,
+    print(
+        f"{result.distinct_devices_per_token:.3f} GPUs, {result.distinct_nodes_per_token:.3f} nodes and "
+        f"{result.distinct_routing_devices_per_token:.3f} of the model's devices per token; the busiest GPU has "
+        f"{1 + result.expert_load_violation:.2f} times the mean load; GB/s are per GPU, logical ones count the own GPU or node"
     )
-    for result in results:
-        table.add_row(
-            str(result.device_limit or "unrestricted"),
-            f"{result.distinct_devices_per_token:.3f}",
-            f"{result.dispatch.seconds * 1e6:,.0f}",
-            f"{result.combine.seconds * 1e6:,.0f}",
-            result.dispatch.binds,
-            f"{result.dispatch.nvlink_bytes + result.combine.nvlink_bytes:,}",
-            f"{result.dispatch.infiniband_bytes + result.combine.infiniband_bytes:,}",
-        )
-    console().print(table)
+    for warning in result.warnings:
+        print(f"note: {warning}")
 
 
 @app.command()
 def clusters(name: Annotated[str | None, typer.Argument(help="One preset or file; all presets if left out")] = None, as_json: AsJson = False) -> None:
     """Hardware figures with unit, basis and source.  Example: python -m sims clusters h800"""
-    loaded = {key: load_cluster(key) for key in ([name] if name else cluster_names())}
+    loaded = {key: load_cluster(Path(key) if "/" in key else key) for key in ([name] if name else cluster_names())}
     if as_json:
         print(json.dumps({key: asdict(value) for key, value in loaded.items()}, indent=1))
         return
     for key, cluster in loaded.items():
-        table = Table("figure", "value", "unit", "basis", "source", title=f"{key}: {cluster.name}")
+        table = Table("figure", "value", "unit", "basis", "source", "read", title=f"{key}: {cluster.name}, network {cluster.network}")
         for figure_name, figure in figures(cluster).items():
-            table.add_row(figure_name, f"{figure.value:g}", figure.unit, figure.basis, figure.source)
+            table.add_row(figure_name, f"{figure.value:g}", figure.unit, figure.basis, figure.source, figure.date)
         console().print(table)
-
-
-def _spec(cluster: str, nodes: int, gpus_per_node: int, overrides: list[str] | None) -> AllToAll:
-    mapping = {"cluster": cluster, "nodes": nodes, "gpus_per_node": gpus_per_node}
-    return validate(AllToAll, apply_overrides(mapping, overrides or []), "all-to-all")
-
-
-FROM_TRACE = ("n_routed_experts", "num_experts_per_tok", "expert_devices", "seed")
-
-
-def _routing(spec: AllToAll, path: Path | None, overrides: list[str] | None) -> RoutingTrace | None:
-    """The trace, re-routed where a device limit was asked for; ConfigError for what only the trained model can say."""
-    trace, asked = _trace(path), {override.partition("=")[0].strip() for override in overrides or []}
-    if trace is None:
-        return None
-    if fixed := sorted(asked & set(FROM_TRACE)):
-        raise ConfigError(*(f"--set {name}: comes from the trace {path} of a trained model; leave it out" for name in fixed))
-    if "device_limit" not in asked:
-        return trace
-    limit, devices, chosen = spec.device_limit, trace.expert_devices, trace.num_experts_per_tok
-    if limit is not None and (limit > devices or limit * (trace.n_routed_experts // devices) < chosen):
-        least = -(-chosen * devices // trace.n_routed_experts)
-        raise ConfigError(
-            f"--set device_limit={limit}: the trace {path} has {chosen} experts per token on {devices} devices; valid: {least} to {devices}, or null"
-        )
-    return reroute(trace, limit)
-
-
-def _trace(path: Path | None) -> RoutingTrace | None:
-    return RoutingTrace.load(path) if path is not None else None

@@ -86,5 +86,5 @@ def _write_run(folder, trial, variant, cell, seed, state, loss):
     )
     trace.save(folder / schema.ROUTING_FILE)
     spec = AllToAll(nodes=2, gpus_per_node=4, tokens_per_device=64, hidden_size=512, n_routed_experts=32, num_experts_per_tok=4)
-    by_limit = {"unrestricted" if m is None else str(m): simulate(spec, reroute(trace, m)).to_dict() for m in (2, 3, 8, None)}
-    (folder / schema.SIMULATION_FILE).write_text(json.dumps({"result": simulate(spec, trace).to_dict(), "by_device_limit": by_limit}))
+    by_limit = {"unrestricted" if m is None else str(m): simulate(spec, reroute(trace, m)).record() for m in (2, 3, 8, None)}
+    (folder / schema.SIMULATION_FILE).write_text(json.dumps({"result": simulate(spec, trace).record(), "by_device_limit": by_limit}))

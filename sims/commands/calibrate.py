@@ -1,0 +1,51 @@
+"""`calibrate`: the constants of the communication kernels from the measured points."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from research.errors import ConfigError
+from research.terminal import console
+from sims.calibrate import FITTED, calibrate, write
+from sims.commands import app
+from sims.commands.question import AsJson
+
+
+@app.command("calibrate")
+def command(
+    out: Annotated[Path | None, typer.Option(help="Where to write the fit (default: the package's own sims/calibration/fitted.json)")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Report only, write nothing")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fit, residuals, what no point identifies; writes the draws.  Example: python -m sims calibrate --dry-run
+
+    Residual: the fit against the point.  Left out: predicted from the other points only.  Both signed, positive is too slow.
+    """
+    path = out or FITTED
+    if not path.parent.is_dir():
+        raise ConfigError(f"--out {path}: the directory {path.parent} does not exist")
+    fitted = calibrate()
+    if not dry_run:
+        write(fitted, path)
+    if as_json:
+        print(json.dumps(fitted))
+        return
+    points = Table("point", "measured us", "residual", "left out", "source", title="measured points (sims/calibration/all_to_all.yaml)")
+    for point in fitted["points"]:
+        points.add_row(
+            point["name"], f"{point['seconds'] * 1e6:,.0f}", f"{point['residual']:+.1%}", f"{point['leave_one_out']:+.1%}", point["source"]
+        )
+    console().print(points)
+    table = Table("constant", "best", "prior", "log spread", "of the prior", "seen by (d log seconds / d log constant)")
+    for name, found in fitted["constants"].items():
+        seen = ", ".join(f"{point} {value:+.2f}" for point, value in found["seen_by"].items()) or "no point"
+        row = (f"{found['best']:.4g}", f"{found['prior_best']:.4g}", f"{found['log_spread']:.3f}", f"{found['prior_log_spread']:.3f}")
+        table.add_row(name, *row, seen if found["identified"] else f"not identified: {seen}")
+    console().print(table)
+    print(
+        f"mean absolute error: {fitted['mean_absolute_residual']:.1%} fitted, {fitted['mean_absolute_leave_one_out']:.1%} left out"
+        + ("" if dry_run else f"; written: {path}")
+    )

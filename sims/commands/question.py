@@ -1,0 +1,128 @@
+"""The question of an all-to-all from a command line: options, a model, `--set`, a trace; the same words in every command."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from research.config import ModelConfig
+from research.configfile import apply_overrides, nearest, read_yaml, resolve_model, validate
+from research.errors import ConfigError
+from research.presets import PRESETS
+from research.routing_trace import RoutingTrace
+from sims.all_to_all import AllToAll
+from sims.cluster import cluster_names
+from sims.placement import NAMES
+from sims.routing import FAMILIES, reroute
+
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="field=value of the question: device_limit=2, or model.moe.device_limit=2")]
+Trace = Annotated[Path | None, typer.Option(help="routing.npz of a trained model; without it routing is made up (--routing)")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object instead of a table")]
+Cluster = Annotated[str | None, typer.Option(help=f"{', '.join(cluster_names())}, or a YAML file of your own")]
+Model = Annotated[str | None, typer.Option(help="Preset, or YAML of a model or run: hidden size, experts, K, D and M are taken from it")]
+GpusPerNode = Annotated[int | None, typer.Option(help="GPUs of each node that take part (8)")]
+ExpertDevices = Annotated[int | None, typer.Option("--expert-devices", help="D: groups of experts that --device-limit counts (8)")]
+ExpertParallel = Annotated[int | None, typer.Option("--expert-parallel", "--ep", help="GPUs of one expert-parallel group (all)")]
+Experts = Annotated[int | None, typer.Option("--experts", "--n-routed-experts", help="Routed experts (160)")]
+NodeLimit = Annotated[int | None, typer.Option("--node-limit", help="A token reaches at most so many nodes (unrestricted)")]
+NodeScore = Annotated[str | None, typer.Option(help="Nodes are chosen by the sum of their K/N highest affinities (sum) or by the highest (max)")]
+DispatchBits = Annotated[int | None, typer.Option(help="8 (FP8 with scales), 16 or 32 (16)")]
+CombineBits = Annotated[int | None, typer.Option(help="8, 16 or 32 (16)")]
+Routing = Annotated[str | None, typer.Option(help=", ".join(FAMILIES))]
+PlacementOption = Annotated[
+    str | None,
+    typer.Option("--placement", help="packed, spread, or a YAML file with devices: [[node, gpu], ...] and, if wished, experts: [device of each]"),
+]
+Dedup = Annotated[str | None, typer.Option(help="Copies of a token: one per node and device (node), per device, or per expert (none)")]
+Network = Annotated[str | None, typer.Option(help="rail-optimized or plain; else what the cluster's file says")]
+Oversubscription = Annotated[float | None, typer.Option(help="Of a plain network's leaves (1)")]
+Seed = Annotated[int | None, typer.Option(help="Of the made-up routing (0)")]
+
+FROM_TRACE = ("n_routed_experts", "num_experts_per_tok", "expert_devices", "seed", "routing")
+SECTIONS = ("model.moe.", "model.", "routing.", "moe.")
+SHORT = {
+    "top_k": "num_experts_per_tok", "k": "num_experts_per_tok", "experts": "n_routed_experts", "m": "device_limit", "family": "routing",
+    "tokens": "tokens_per_device", "hidden": "hidden_size", "ep": "expert_parallel",
+}  # fmt: skip
+"""What a field is also called in --set and --over."""
+
+
+def field_of(name: str) -> str:
+    """The field of the question that a dotted or short name means; ConfigError with the nearest one."""
+    known = [field.name for field in fields(AllToAll)]
+    plain = name.strip().replace("-", "_")
+    for section in SECTIONS:
+        plain = plain.removeprefix(section)
+    plain = SHORT.get(plain.lower(), plain)
+    if plain not in known:
+        raise ConfigError(f"--set {name}: no such field of the question{nearest(plain, known)}")
+    return plain
+
+
+def question(options: Mapping[str, Any], model: str | None, placement: str | None, overrides: list[str] | None) -> tuple[AllToAll, set[str]]:
+    """The spec, and the names of the fields that were asked for (options left at None were not)."""
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if placement is not None:
+        given |= _placement(placement)
+    renamed = []
+    for override in overrides or []:
+        name, equals, value = override.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {override}: expected field=value, such as device_limit=2")
+        renamed.append(f"{field_of(name)}={value}")
+    asked = set(given) | {name.partition("=")[0] for name in renamed}
+    mapping = (_model(model) if model is not None else {}) | given
+    return validate(AllToAll, apply_overrides(mapping, renamed), "all-to-all"), asked
+
+
+def routed(spec: AllToAll, path: Path | None, asked: set[str]) -> RoutingTrace | None:
+    """The trace, re-routed where a device limit was asked for; ConfigError for what only the trained model can say."""
+    if path is None:
+        return None
+    trace = RoutingTrace.load(path)
+    if fixed := sorted(asked & set(FROM_TRACE)):
+        raise ConfigError(*(f"--set {name}: comes from the trace {path} of a trained model; leave it out" for name in fixed))
+    if "device_limit" not in asked:
+        return trace
+    limit, devices, chosen = spec.device_limit, trace.expert_devices, trace.num_experts_per_tok
+    if limit is not None and (limit > devices or limit * (trace.n_routed_experts // devices) < chosen):
+        least = -(-chosen * devices // trace.n_routed_experts)
+        raise ConfigError(
+            f"--set device_limit={limit}: the trace {path} has {chosen} experts per token on {devices} devices; valid: {least} to {devices}, or null"
+        )
+    return reroute(trace, limit)
+
+
+def _model(name: str) -> dict[str, Any]:
+    """Fields of the question that a model settles."""
+    if name in PRESETS:
+        model = PRESETS[name]()
+    elif Path(name).is_file():
+        mapping = read_yaml(name)
+        model = validate(ModelConfig, resolve_model(mapping.get("model", mapping), name), f"{name}: model")
+    else:
+        raise ConfigError(f"model = {name!r}: no such preset or file{nearest(name, PRESETS)}")
+    if model.moe is None:
+        raise ConfigError(f"model = {name!r}: has no routed experts, so there is no all-to-all; choose a model with model.moe")
+    moe = asdict(model.moe)
+    return {"hidden_size": model.hidden_size} | {
+        key: moe[key] for key in ("n_routed_experts", "num_experts_per_tok", "expert_devices", "device_limit")
+    }
+
+
+def _placement(given: str) -> dict[str, Any]:
+    if given in NAMES:
+        return {"placement": given}
+    if not Path(given).is_file():
+        raise ConfigError(f"placement = {given!r}: must be packed, spread or a YAML file; there is no such file")
+    mapping = read_yaml(given)
+    if unknown := sorted(set(mapping) - {"devices", "experts"}):
+        raise ConfigError(f"{given}: {unknown[0]} = {mapping[unknown[0]]!r}: unknown key; valid: devices, experts")
+    found = {}
+    if "devices" in mapping:
+        found["placement"] = mapping["devices"]
+    if "experts" in mapping:
+        found["expert_placement"] = mapping["experts"]
+    return found

@@ -1,0 +1,196 @@
+"""`sweep`: the same question over M, K, nodes and whatever else."""
+
+import csv
+import io
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+import yaml
+from rich.progress import track
+from rich.table import Table
+
+from research.atomic import write_text
+from research.errors import ConfigError
+from research.routing_trace import RoutingTrace
+from research.terminal import console
+from sims.all_to_all import AllToAll
+from sims.commands import app, question
+from sims.commands.all_to_all import microseconds
+from sims.commands.question import AsJson, Overrides, Trace
+from sims.formulas import FORMULAS
+from sims.result import Result
+from sims.routing import reroute
+from sims.simulation import simulate
+
+LIMITS = "device_limit"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One point: the fields that were varied, and its answer."""
+
+    point: dict[str, Any]
+    result: Result
+
+    def row(self) -> dict[str, Any]:
+        """Flat values for a table: the point, times with their quantiles, bytes, the baselines."""
+        found = self.result
+        times = {
+            f"{name}_seconds_{q}": value
+            for name, time in (("dispatch", found.dispatch_seconds), ("combine", found.combine_seconds), ("notify", found.dispatch.notify_seconds))
+            for q, value in asdict(time).items()
+        }
+        theirs = {f"{name}_{key}": value for name, formula in found.formulas.items() for key, value in formula.items()}
+        return self.point | times | {
+            "binds": found.dispatch.binds, "nvlink_bytes": found.nvlink_bytes, "infiniband_bytes": found.infiniband_bytes,
+            "distinct_devices_per_token": found.distinct_devices_per_token, "distinct_nodes_per_token": found.distinct_nodes_per_token,
+            "expert_load_violation": found.expert_load_violation,
+        } | theirs  # fmt: skip
+
+
+def values(text: str, field: str) -> list[Any]:
+    """`1,2,4`, `1-8`, `1-8:2` (steps of 2) or `null` among them; ConfigError with the field and the text."""
+    found: list[Any] = []
+    for part in text.split(","):
+        bounds, _, step = part.partition(":")
+        low, dash, high = bounds.strip().partition("-")
+        try:
+            if dash and low:
+                found += list(range(int(low), int(high) + 1, int(step or 1)))
+            else:
+                found.append(yaml.safe_load(part))
+        except ValueError as error:
+            raise ConfigError(f"{field} = {text!r}: expected values such as 1,2,4 or 1-8 or 512-4096:512, with null for no limit") from error
+    if not found or any(value is not None and not isinstance(value, int | str) for value in found):
+        raise ConfigError(f"{field} = {text!r}: expected values such as 1,2,4 or 1-8 or 512-4096:512, with null for no limit")
+    return list(dict.fromkeys(found))
+
+
+def grid(spec: AllToAll, axes: dict[str, list[Any]], trace: RoutingTrace | None = None) -> tuple[list[dict[str, Any]], list[AllToAll], int]:
+    """The points that can be routed, their specs, and how many cannot (M devices do not hold K experts).
+
+    Every other impossible value is a ConfigError that names it.
+    """
+    points: list[dict[str, Any]] = []
+    specs: list[AllToAll] = []
+    impossible = 0
+    for combination in itertools.product(*axes.values()):
+        point = dict(zip(axes, combination, strict=True))
+        limit = point.get(LIMITS, spec.device_limit)
+        experts, devices = (trace or spec).n_routed_experts, (trace or spec).expert_devices
+        chosen = trace.num_experts_per_tok if trace else point.get("num_experts_per_tok", spec.num_experts_per_tok)
+        if limit is not None and 1 <= limit <= devices and limit * (experts // devices) < chosen:
+            impossible += 1
+            continue
+        try:
+            specs.append(replace(spec, **(point if trace is None else {k: v for k, v in point.items() if k != LIMITS})))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"sweep: {', '.join(f'{k} = {v}' for k, v in point.items())}: {error}") from error
+        points.append(point)
+    return points, specs, impossible
+
+
+def cells(spec: AllToAll, axes: dict[str, list[Any]], trace: RoutingTrace | None = None, *, progress: bool = False) -> Iterator[Cell]:
+    """The answers in the order of the axes, the last running fastest."""
+    points, specs, _ = grid(spec, axes, trace)
+    for point, one in track(list(zip(points, specs, strict=True)), "all-to-all", disable=not progress, transient=True):
+        routed = reroute(trace, point[LIMITS]) if trace is not None and LIMITS in point else trace
+        yield Cell(point, simulate(one, routed))
+
+
+@app.command()
+def sweep(
+    cluster: question.Cluster = None,
+    nodes: Annotated[str | None, typer.Option(help="Such as 1,2,4 or 1-8 (2)")] = None,
+    gpus_per_node: question.GpusPerNode = None,
+    device_limit: Annotated[str | None, typer.Option("--device-limit", "-m", help="M, such as 1-8,null (every M, and unrestricted)")] = None,
+    top_k: Annotated[str | None, typer.Option("--top-k", "-k", "--num-experts-per-tok", help="K, such as 4-8 (the model's)")] = None,
+    tokens_per_device: Annotated[str | None, typer.Option("--tokens-per-device", "--tokens", help="Such as 512,1024,4096 (4096)")] = None,
+    hidden_size: Annotated[str | None, typer.Option("--hidden-size", "--hidden", help="Such as 2048-7168:1024 (5120)")] = None,
+    sms: Annotated[str | None, typer.Option(help="Such as 12-32:4 (the cluster's)")] = None,
+    node_limit: Annotated[str | None, typer.Option("--node-limit", help="Such as 1-4,null")] = None,
+    routing: Annotated[str | None, typer.Option(help="Such as random,gaussian")] = None,
+    model: question.Model = None,
+    experts: question.Experts = None,
+    expert_devices: question.ExpertDevices = None,
+    expert_parallel: question.ExpertParallel = None,
+    placement: question.PlacementOption = None,
+    dispatch_bits: question.DispatchBits = None,
+    combine_bits: question.CombineBits = None,
+    seed: question.Seed = None,
+    trace: Trace = None,
+    overrides: Overrides = None,
+    csv_path: Annotated[Path | None, typer.Option("--csv", help="Write the points, with the formulas of other tools, as a table")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The same tokens under every M, K, number of nodes, ...  Example: python -m sims sweep --nodes 1,2,4 --top-k 4,6,8 --device-limit 1-8,null
+
+    Each option takes a list or a range; points where M devices do not hold K experts are left out and counted.
+    """
+    fixed = {
+        "cluster": cluster, "gpus_per_node": gpus_per_node, "n_routed_experts": experts, "expert_devices": expert_devices,
+        "expert_parallel": expert_parallel, "dispatch_bits": dispatch_bits, "combine_bits": combine_bits, "seed": seed,
+    }  # fmt: skip
+    spec, asked = question.question(fixed, model, placement, overrides)
+    found = question.routed(spec, trace, asked)
+    devices = (found or spec).expert_devices
+    swept = {
+        "nodes": nodes if nodes is not None or "nodes" in asked else "2", "num_experts_per_tok": top_k, "tokens_per_device": tokens_per_device,
+        "hidden_size": hidden_size, "sms": sms, "node_limit": node_limit, "routing": routing,
+        LIMITS: device_limit if device_limit is not None or LIMITS in asked else f"1-{devices},null",
+    }  # fmt: skip
+    if found is not None and top_k is not None:
+        raise ConfigError(f"--top-k {top_k}: comes from the trace {trace} of a trained model; leave it out")
+    axes = {name: values(text, name) for name, text in swept.items() if text is not None}
+    left_out = grid(spec, axes, found)[2]
+    if int(np.prod([len(axis) for axis in axes.values()])) == left_out:
+        raise ConfigError(f"sweep: no point can be routed: {LIMITS} = {axes.get(LIMITS)} devices hold too few experts for K")
+    answers = list(cells(spec, axes, found, progress=not as_json and console().is_terminal))
+    if csv_path is not None:
+        write_csv(csv_path, answers)
+    if as_json:
+        print(json.dumps([cell.result.to_dict() | {"point": cell.point} for cell in answers]))
+        return
+    _print(answers, left_out)
+
+
+def write_csv(path: Path, answers: list[Cell]) -> None:
+    """A row for each point, atomically."""
+    if not path.parent.is_dir():
+        raise ConfigError(f"--csv {path}: the directory {path.parent} does not exist")
+    text = io.StringIO()
+    rows = [cell.row() for cell in answers]
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def _print(answers: list[Cell], left_out: int) -> None:
+    names = {"device_limit": "M", "num_experts_per_tok": "K"}
+    table = Table(*(names.get(name, name) for name in answers[0].point), "GPUs/token", "nodes/token", "dispatch P50 (P10 to P90)", "combine",
+                  "binds", "NVLink MB", "InfiniBand MB", *(f"{name}, both us" for name in FORMULAS), title=answers[0].result.cluster)  # fmt: skip
+    for cell in answers:
+        found = cell.result
+        table.add_row(
+            *("unrestricted" if value is None else str(value) for value in cell.point.values()),
+            f"{found.distinct_devices_per_token:.3f}",
+            f"{found.distinct_nodes_per_token:.3f}",
+            microseconds(found.dispatch_seconds),
+            microseconds(found.combine_seconds),
+            found.dispatch.binds,
+            f"{found.nvlink_bytes / 1e6:,.1f}",
+            f"{found.infiniband_bytes / 1e6:,.1f}",
+            *(f"{sum(found.formulas[name].values()) * 1e6:,.0f}" for name in FORMULAS),
+        )
+    console().print(table)
+    if left_out:
+        print(f"{left_out} points left out: M devices do not hold K experts there")
+    for warning in dict.fromkeys(w for cell in answers for w in cell.result.warnings):
+        print(f"note: {warning}")
