@@ -1,13 +1,14 @@
 """The points that constants are fitted on: residuals, predictions with each point left out, and what identifies which constant."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from sims.calibrate import Case, cases
+from sims.calibrate import FITTED, Case, cases
 from sims.collective import collective_seconds
-from sims.constants import fits, load_constants
+from sims.constants import load_constants
 from sims.formulas import FORMULAS
 from sims.outputs.figures import svg_bytes
 from sims.quantiles import Quantiles
@@ -42,7 +43,8 @@ def _comparison(case: Case) -> Comparison:
 
 def calibration_section(rows: list[Comparison]) -> Section:
     """Fitted and left out, beside every baseline."""
-    stored = {point["name"]: point for point in fits()["points"]}
+    fitted = json.loads(FITTED.read_text(encoding="utf-8"))
+    stored = {point["name"]: point for point in fitted["points"]}
     names = list(FORMULAS)
     body = []
     for row in rows:
@@ -66,7 +68,7 @@ def calibration_section(rows: list[Comparison]) -> Section:
         "### What identifies which constant",
         "A constant counts as identified where the points narrow its prior to 70 % of its spread or less. What no point sees keeps the prior, which is "
         "part of every band on this page.",
-        _identified(fits()["constants"]),
+        _identified(fitted["constants"]),
     ]
     figure = Figure(
         name="calibration-errors",

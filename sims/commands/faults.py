@@ -1,0 +1,163 @@
+"""`faults`: slow GPUs and links, and lost nodes."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from research.configfile import apply_overrides, validate
+from research.errors import ConfigError
+from research.routing_trace import RoutingTrace
+from research.terminal import console
+from sims.commands import app
+from sims.faults import Goodput, GoodputResult, SlowLayers, SlowResult, Wait, simulate_goodput, simulate_layers
+from sims.faults.attribution import culprits
+from sims.serving.spec import model_config, model_mapping
+
+faults_app = typer.Typer(no_args_is_help=True, add_completion=False, help="Slow GPUs, degraded links, lost nodes: what they cost and who waits.")
+app.add_typer(faults_app, name="faults")
+
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="field=value; wins over the options")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object instead of tables")]
+SHOWN = 12
+
+
+@faults_app.command("goodput", help=f"""Share of the time that is work, against the time between checkpoints.
+
+    Example: python -m sims faults goodput --nodes 256 --model deepseek-v2 --spare-nodes 2
+
+    Fields for --set: {", ".join(Goodput.__dataclass_fields__)}.""")  # fmt: skip
+def goodput_command(
+    nodes: int = 128,
+    model: Annotated[str, typer.Option(help="Preset whose weights and optimizer state a checkpoint holds")] = "deepseek-v2",
+    node_mtbf_hours: Annotated[float | None, typer.Option(help="Between failures of one node; left out: Llama 3's")] = None,
+    checkpoint_seconds: Annotated[float | None, typer.Option(help="Left out: bytes over the storage's bandwidth")] = None,
+    stall_seconds: Annotated[float | None, typer.Option(help="That training stands still for one; left out: all of it")] = None,
+    restart_seconds: Annotated[float | None, typer.Option(help="From a failure until training goes on")] = None,
+    spare_nodes: Annotated[int | None, typer.Option(help="Left out: there is always one")] = None,
+    interval: Annotated[list[float] | None, typer.Option(help="Seconds of work between checkpoints; may be repeated")] = None,
+    seed: int = 0,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    mapping = {
+        "nodes": nodes,
+        "model": model,
+        "node_mtbf_hours": node_mtbf_hours,
+        "checkpoint_seconds": checkpoint_seconds,
+        "stall_seconds": stall_seconds,
+        "restart_seconds": restart_seconds,
+        "spare_nodes": spare_nodes,
+        "intervals": interval or [],
+        "seed": seed,
+    }
+    result = simulate_goodput(validate(Goodput, apply_overrides(mapping, overrides or []), "faults goodput"))
+    if as_json:
+        print(json.dumps(result.to_dict()))
+        return
+    _print_goodput(result)
+
+
+@faults_app.command("waits", help=f"""Who waits for whom, on which link, in the MoE layers of a forward pass.
+
+    Example: python -m sims faults waits --nodes 2 --slow 3=1.25 --nic 9=0.5
+
+    Fields for --set: {", ".join(SlowLayers.__dataclass_fields__)}; speeds.kind (constant, normal, stragglers), .spread ...""")  # fmt: skip
+def waits_command(
+    model: Annotated[str, typer.Option(help="A preset with experts, or a YAML file of a model or run")] = "deepseek-v2",
+    cluster: Annotated[str, typer.Option(help="h800, h100, h200, a100, b200, or a YAML file of your own")] = "h800",
+    nodes: int = 1,
+    gpus_per_node: int = 8,
+    tokens_per_device: int = 4096,
+    layers: int = 1,
+    slow: Annotated[list[str] | None, typer.Option(help="GPU=factor: its computing takes so many times as long; may be repeated")] = None,
+    nic: Annotated[list[str] | None, typer.Option(help="GPU=share of its NIC's bandwidth that is left; may be repeated")] = None,
+    nvlink: Annotated[list[str] | None, typer.Option(help="GPU=share of its NVLink bandwidth that is left; may be repeated")] = None,
+    trace: Annotated[Path | None, typer.Option(help="routing.npz of a trained model")] = None,
+    seed: int = 0,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    mapping = {
+        "model": model_mapping(model, "faults waits"),
+        "cluster": cluster,
+        "nodes": nodes,
+        "gpus_per_node": gpus_per_node,
+        "tokens_per_device": tokens_per_device,
+        "layers": layers,
+        "speed": _factors("--slow", slow),
+        "nic": _factors("--nic", nic),
+        "nvlink": _factors("--nvlink", nvlink),
+        "seed": seed,
+    }
+    values = apply_overrides(mapping, overrides or [])
+    spec = validate(SlowLayers, {**values, "model": model_config(values["model"], "faults waits")}, "faults waits")
+    result = simulate_layers(spec, RoutingTrace.load(trace) if trace else None)
+    if as_json:
+        print(json.dumps(result.to_dict()))
+        return
+    _print_waits(result)
+
+
+def _factors(option: str, given: list[str] | None) -> dict[Any, Any]:
+    found = {}
+    for each in given or []:
+        gpu, _, factor = each.partition("=")
+        try:
+            found[int(gpu)] = float(factor)
+        except ValueError:
+            raise ConfigError(f"{option} {each}: expected GPU=factor, such as 3=1.25") from None
+    return found
+
+
+def _print_goodput(result: GoodputResult) -> None:
+    table = Table(
+        "seconds between checkpoints",
+        "goodput P50 (P10 to P90)",
+        "mean",
+        "closed form",
+        "checkpointing",
+        "lost",
+        "restarting",
+        "waiting for a node",
+        "failures",
+        title=f"{result.nodes} nodes, a failure every {result.mtbf_hours:.2f} h, a checkpoint in {result.checkpoint_seconds:.1f} s",
+    )
+    for point in result.points:
+        goodput = f"{point.goodput.p50:.4f} ({point.goodput.p10:.4f} to {point.goodput.p90:.4f})"
+        shares = [f"{value:.2%}" for value in (point.checkpointing, point.lost, point.restarting, point.waiting)]
+        closed = "" if point.closed_form is None else f"{point.closed_form:.4f}"
+        mark = " *" if point.interval_seconds == result.best_seconds else ""
+        table.add_row(f"{point.interval_seconds:,.0f}{mark}", goodput, f"{point.mean:.4f}", closed, *shares, f"{point.failures:.1f}")
+    console().print(table)
+    low, high = result.best_range_seconds
+    print(f"best {result.best_seconds:,.0f} s; the runs do not tell {low:,.0f} to {high:,.0f} s apart")
+    print(f"Young {result.young_seconds:,.0f} s, Daly {result.daly_seconds:,.0f} s")
+    for warning in result.warnings:
+        print(f"warning: {warning}")
+
+
+def _print_waits(result: SlowResult) -> None:
+    def micro(seconds: float) -> str:
+        return f"{seconds * 1e6:,.0f} us"
+
+    quantiles = f"{micro(result.seconds.p50)} ({micro(result.seconds.p10)} to {micro(result.seconds.p90)})"
+    print(f"{result.model} on {result.gpus} GPUs of {result.cluster}: {quantiles}, healthy {micro(result.healthy_seconds.p50)}")
+    slowdown = result.slowdown
+    print(f"slowdown {slowdown.p50:.3f} ({slowdown.p10:.3f} to {slowdown.p90:.3f}); the average GPU waits {micro(result.waiting_seconds)}")
+    table = Table("waits for", "on", "seconds of all others", title="Culprits")
+    for gpu, link, seconds in culprits(result.waits)[:SHOWN]:
+        table.add_row(f"GPU {gpu}", link, micro(seconds))
+    console().print(table)
+    table = Table("waiter", "culprit", "link", "waits", "times", title=f"Longest waits ({min(SHOWN, len(result.waits))} of {len(result.waits)})")
+    for wait in result.waits[:SHOWN]:
+        table.add_row(*_cells(wait, micro(wait.seconds)))
+    console().print(table)
+    for warning in result.warnings:
+        print(f"warning: {warning}")
+
+
+def _cells(wait: Wait, seconds: str) -> tuple[str, ...]:
+    return f"GPU {wait.waiter}", f"GPU {wait.culprit}", wait.link, seconds, str(wait.times)
