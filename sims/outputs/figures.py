@@ -128,13 +128,37 @@ def bars_figure(parts: Mapping[str, float], title: str, unit: str = "ms", scale:
         return canvas
 
 
-def curve_figure(x: Sequence[float], bands: Sequence[Quantiles], *, xlabel: str, ylabel: str, title: str, log_x: bool = False) -> Canvas:
-    """P50 over x, with the P10 to P90 band."""
+def formula_figure(ours: Mapping[str, Quantiles], theirs: Mapping[str, Mapping[str, float]], title: str) -> Canvas:
+    """Microseconds of dispatch and combine: ours with P10 to P90, and the formulas of other tools."""
+    with mpl.rc_context(STYLE):
+        canvas, axes = plt.subplots(figsize=(7.6, 1.3 + 0.5 * (1 + len(theirs))), layout="constrained")
+        names = ["ours", *(f"formula {name}" for name in theirs)]
+        for index, move in enumerate(ours):
+            values = [1e6 * ours[move].p50, *(1e6 * formula[move] for formula in theirs.values())]
+            at = [y + 0.36 * (index - 0.5) for y in range(len(names))]
+            axes.barh(at, values, height=0.34, color=COLOURS[index], label=move)
+            low, high = 1e6 * (ours[move].p50 - ours[move].p10), 1e6 * (ours[move].p90 - ours[move].p50)
+            axes.errorbar(values[0], at[0], xerr=[[low], [high]], color="#1b1b1b", capsize=3, lw=1)
+            for y, value in zip(at, values, strict=True):
+                axes.annotate(f"{value:,.0f}", (value, y), (8, 0), textcoords="offset points", va="center", fontsize=7)
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.set(xlabel="us", title=title)
+        axes.grid(axis="y", visible=False)
+        axes.legend(loc="lower right")
+        return canvas
+
+
+def curve_figure(x: Sequence[float], bands: Sequence[Quantiles], *, xlabel: str, ylabel: str, title: str, log_x: bool = False, marked: tuple[str, float] | None = None) -> Canvas:
+    """P50 over x, with the P10 to P90 band; a named x may be marked."""
     with mpl.rc_context(STYLE):
         canvas, axes = plt.subplots(figsize=(7.0, 3.6), layout="constrained")
         axes.fill_between(x, [b.p10 for b in bands], [b.p90 for b in bands], alpha=0.2, lw=0, label="P10 to P90")
         axes.plot(x, [b.p50 for b in bands], marker="o", ms=3, label="P50")
         axes.set(xlabel=xlabel, ylabel=ylabel, title=title, xscale="log" if log_x else "linear")
+        if marked is not None:
+            axes.axvline(marked[1], color=COLOURS[1], ls="--", lw=1.2, label=f"{marked[0]}: {marked[1]:,.0f}")
         axes.legend()
         return canvas
 
