@@ -8,5 +8,6 @@ from sims.cluster import Cluster, load_cluster
 from sims.result import Result
 from sims.routing import reroute, synthetic_trace
 from sims.simulation import simulate
+from sims.training import StepResult, TrainingStep
 
-__all__ = ["AllToAll", "Cluster", "Result", "load_cluster", "plan", "reroute", "simulate", "synthetic_trace"]
+__all__ = ["AllToAll", "Cluster", "Result", "StepResult", "TrainingStep", "load_cluster", "plan", "reroute", "simulate", "synthetic_trace"]

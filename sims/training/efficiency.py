@@ -61,21 +61,21 @@ def fit() -> Fit:
     alone: dict[str, float] = {}
     for index, spec in enumerate(specs):
         rows = np.flatnonzero((chosen == index) | (np.arange(PROPOSALS) == 0))
-        values, slopes = solve(spec, _rows(start, rows), hours)
-        alone[", ".join(f"{key}={value}" for key, value in layouts[index].items())] = float(values[0])
+        found, slopes = solve(spec, _rows(start, rows), hours)
+        alone[", ".join(f"{key}={value}" for key, value in layouts[index].items())] = float(found[0])
         mine = chosen[rows] == index
-        solved[rows[mine]], slope[rows[mine]] = values[mine], slopes[mine]
+        solved[rows[mine]], slope[rows[mine]] = found[mine], slopes[mine]
     shares = [solved, *(start[name] for name in names if name not in (SOLVED, NO_SHARE))]
     weights = np.where(np.max(shares, axis=0) < 1.0, density(priors()[SOLVED], solved) / slope, 0.0)
     kept = _resampled(weights / weights.sum(), DRAWS, random)
     kept[0] = 0
-    values = {name: (solved if name == SOLVED else start[name])[kept] for name in names}
-    best = Constants({name: v[:1] for name, v in {**start.values, **values}.items()}, {})
+    drawn = {name: (solved if name == SOLVED else start[name])[kept] for name in names}
+    best = Constants({name: v[:1] for name, v in {**start.values, **drawn}.items()}, {})
     residual = float(gpu_hours(specs[0], closed_form(specs[0], load_cluster(specs[0].cluster), best).seconds)[0]) / hours - 1
-    return Fit(values, residual, float(weights.sum() ** 2 / (weights**2).sum()), alone, hours)
+    return Fit(drawn, residual, float(weights.sum() ** 2 / (weights**2).sum()), alone, hours)
 
 
-def layout_step(set_up: dict[str, Any], layout: dict[str, int]) -> TrainingStep:
+def layout_step(set_up: dict[str, Any], layout: dict[str, Any]) -> TrainingStep:
     """The dense model's step: 1F1B, ZeRO-1, nothing recomputed."""
     return TrainingStep(
         model=preset(set_up["model"]),
@@ -132,7 +132,7 @@ def _rows(constants: Constants, rows: np.ndarray) -> Constants:
 def _resampled(weights: np.ndarray, number: int, random: np.random.Generator) -> np.ndarray:
     """Systematic resampling: each index as often as its weight says, give or take one; in random order."""
     positions = (np.arange(number) + random.random()) / number
-    return random.permutation(np.minimum(np.searchsorted(np.cumsum(weights), positions), len(weights) - 1))
+    return random.permutation(np.minimum(np.cumsum(weights).searchsorted(positions), len(weights) - 1))
 
 
 def write(found: Fit, path: Path = FITTED) -> None:

@@ -11,7 +11,7 @@ from sims.cluster import Cluster
 from sims.collective import collective_seconds
 from sims.constants import Constants
 from sims.placement import Placement, place
-from sims.routing import synthetic_trace
+from sims.routing import reroute, synthetic_trace
 from sims.traffic import Traffic, needed_devices, payload_bytes, traffic_of
 from sims.training.layout import group_per_node
 from sims.training.spec import TrainingStep
@@ -35,6 +35,8 @@ class Sample:
     bytes: dict[str, tuple[int, int]]
     distinct_devices: float
     """GPUs that a token goes to, its own included."""
+    traffic: dict[str, Traffic]
+    """Byte matrices by `dispatch` and `combine`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,10 @@ class Exchange:
 
 
 def exchange(spec: TrainingStep, cluster: Cluster, constants: Constants, trace: RoutingTrace | None = None) -> Exchange | None:
-    """None for a dense model.  ConfigError for a trace of another shape than the model's."""
+    """None for a dense model.  ConfigError for a trace of another shape than the model's.
+
+    A trace that was routed under another device limit than the model's is routed anew, from its affinities.
+    """
     moe = spec.model.moe
     if moe is None:
         return None
@@ -65,12 +70,12 @@ def _routings(spec: TrainingStep, moe: MoEConfig, trace: RoutingTrace | None) ->
     if trace is None:
         number = 1 if spec.routing == "balanced" else spec.routing_samples
         return [_made_up(spec, moe, spec.seed + i) for i in range(number)]
-    found = (trace.n_routed_experts, trace.num_experts_per_tok)
-    if found != (moe.n_routed_experts, moe.num_experts_per_tok):
-        raise ConfigError(
-            f"trace: {found[1]} of {found[0]} experts per token, the model has model.moe.num_experts_per_tok={moe.num_experts_per_tok}"
-            f" of n_routed_experts={moe.n_routed_experts}"
-        )
+    found = (trace.n_routed_experts, trace.num_experts_per_tok, trace.expert_devices)
+    wanted = (moe.n_routed_experts, moe.num_experts_per_tok, moe.expert_devices)
+    if found != wanted:
+        raise ConfigError(f"trace: has (n_routed_experts, num_experts_per_tok, expert_devices) = {found}, the model has {wanted}")
+    if trace.device_limit != moe.device_limit:
+        trace = reroute(trace, moe.device_limit)
     last = trace.expert_ids[-1]
     return [last[i % len(last)] for i in range(max(spec.routing_samples, len(last)))]
 
@@ -117,6 +122,7 @@ def _sample(spec: TrainingStep, moe: MoEConfig, cluster: Cluster, constants: Con
         {name: _seconds(name, way, spec, cluster, constants) for name, way in ways.items()},
         {name: (int(way.nvlink.sum() / group), int(way.infiniband.sum() / group)) for name, way in ways.items()},
         float(needed.sum(1).mean()),
+        {"dispatch": there, "combine": back},
     )
 
 

@@ -5,7 +5,7 @@ All GPUs of an expert-parallel group meet at every all-to-all, so a segment take
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -63,6 +63,7 @@ class Segment:
     slowest: int = -1
     nvlink_bytes: int = 0
     infiniband_bytes: int = 0
+    layer: int = -1
 
 
 def side_by_side(compute: np.ndarray, communication: np.ndarray, bandwidth: np.ndarray | float, sms: float) -> np.ndarray:
@@ -159,9 +160,7 @@ class Layers:
             return []
         return [replace(operation, recomputed=True) for operation in operations if operation.name in REBUILT]
 
-    def _experts(
-        self, index: int, phase: str, shared: Sequence[Operation], speeds: tuple[float, ...], names: tuple[str, str]
-    ) -> list[Segment]:
+    def _experts(self, index: int, phase: str, shared: Sequence[Operation], speeds: tuple[float, ...], names: tuple[str, str]) -> list[Segment]:
         """Tokens out, routed experts, tokens back, the shared experts beside the two ways as far as they fit."""
         routed = self._routed("experts", phase, index, speeds)
         beside = self._compute("shared experts", shared, speeds)
@@ -222,14 +221,18 @@ class Layers:
         each: list[tuple[dict[str, np.ndarray], np.ndarray]] = []
         for column in range(devices.shape[1]):
             device = int(np.flatnonzero(inverse.ravel() == column)[0])
-            each.append(self._by_kind(self._with_rebuilt(phase, lambda p, d=device: routed_operations(model, self.work(p, sample, d)))))
+            each.append(self._by_kind(self._with_rebuilt(phase, partial(self._share, sample, device))))
         which = inverse.ravel()
         totals = np.stack([sum(each[c][0].values(), np.zeros_like(self.bandwidth)) * speed for c, speed in zip(which, speeds, strict=True)])
         worst, mean = totals.max(0), totals.mean(0)
-        compute = {kind: sum(each[c][0][kind] * s for c, s in zip(which, speeds, strict=True)) / len(speeds) for kind in KINDS}
-        again = sum(each[c][1] * s for c, s in zip(which, speeds, strict=True)) / len(speeds)
+        share = np.array(speeds) / len(speeds)
+        compute: dict[str, np.ndarray] = {kind: np.stack([each[c][0][kind] for c in which], 1) @ share for kind in KINDS}
+        again = np.stack([each[c][1] for c in which], 1) @ share
         slowest = int(np.argmax(totals[:, 0]))
         return Segment(name, "compute", worst, compute, worst - mean, again=again, slowest=slowest if totals[:, 0].min() < worst[0] else -1)
+
+    def _share(self, sample: Sample, device: int, phase: str) -> list[Operation]:
+        return routed_operations(self.spec.model, self.work(phase, sample, device))
 
     def _with_rebuilt(self, phase: str, operations: Callable[[str], list[Operation]]) -> list[Operation]:
         return [*(self._rebuilt(operations("forward")) if phase == "backward-input" else []), *operations(phase)]
@@ -237,7 +240,8 @@ class Layers:
     def _by_kind(self, operations: Iterable[Operation]) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Seconds by kind, and those of recomputed operations."""
         zero = np.zeros_like(self.bandwidth)
-        kinds, again = dict.fromkeys(KINDS, zero), zero
+        kinds: dict[str, np.ndarray] = dict.fromkeys(KINDS, zero)
+        again = zero
         for operation in operations:
             seconds = operation_seconds(operation, self.cluster, self.constants)
             kinds[operation.kind] = kinds[operation.kind] + seconds

@@ -62,10 +62,16 @@ class TrainingStep:
     """Different routings that microbatches and layers take turns in."""
     speed: dict[int, float] = field(default_factory=dict)
     """GPU index -> time of its computing over that of the others (1.25: a quarter slower)."""
+    tier: Literal["closed", "event"] = "closed"
+    """`event` also plays the step in SimPy, an event for each phase."""
+    jitter: float = 0.0
+    """Standard deviation of the logarithm of a phase's time, in the event tier."""
+    draws: int = 64
+    """Of the calibrated constants."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        sizes = ("nodes", "gpus_per_node", "tensor_parallel", "batch_size", "micro_batch_size", "sequence_length", "routing_samples")
+        sizes = ("nodes", "gpus_per_node", "tensor_parallel", "batch_size", "micro_batch_size", "sequence_length", "routing_samples", "draws")
         for name in sizes:
             _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be >= 1")
         for name in ("pipeline_parallel", "expert_parallel", "communication_sms"):
@@ -73,6 +79,9 @@ class TrainingStep:
             _require(value is None or value >= 1, f"{name}={value} must be >= 1, or null")
         for name in ("dispatch_bits", "combine_bits"):
             _require(getattr(self, name) in (8, 16), f"{name}={getattr(self, name)} must be 8 (with scales) or 16")
+        _require(self.seed >= 0, f"seed={self.seed} must be >= 0")
+        _require(0 <= self.jitter < 1, f"jitter={self.jitter} must lie in 0..1")
+        _require(self.jitter == 0 or self.tier == "event", f"jitter={self.jitter} needs tier=event")
         _require(self.placement in ("packed", "spread"), f"placement={self.placement!r} must be packed or spread")
         for gpu, factor in self.speed.items():
             _require(0 <= gpu < self.gpus, f"speed.{gpu}={factor}: there is no such GPU; valid: 0 to {self.gpus - 1}")
@@ -87,12 +96,14 @@ class TrainingStep:
         _require(heads % tensor == 0, f"tensor_parallel={tensor} must divide model.attention.num_attention_heads={heads}")
         _require(
             self.gpus % (stages * tensor) == 0,
-            f"pipeline_parallel={stages} x tensor_parallel={tensor} must divide the GPUs: nodes={self.nodes} x gpus_per_node={self.gpus_per_node} = {self.gpus}",
+            f"pipeline_parallel={stages} x tensor_parallel={tensor} must divide the {self.gpus} GPUs"
+            f" (nodes={self.nodes} x gpus_per_node={self.gpus_per_node})",
         )
         data = self.data_parallel
         _require(
             data % experts == 0,
-            f"expert_parallel={experts} must divide the data-parallel ranks: {self.gpus} GPUs / pipeline_parallel={stages} / tensor_parallel={tensor} = {data}",
+            f"expert_parallel={experts} must divide the {data} data-parallel ranks"
+            f" ({self.gpus} GPUs / pipeline_parallel={stages} / tensor_parallel={tensor})",
         )
         if self.model.moe is None:
             _require(experts == 1, f"expert_parallel={experts}: the model has no experts; valid: 1 or null")
@@ -101,7 +112,7 @@ class TrainingStep:
             _require(count % experts == 0, f"expert_parallel={experts} must divide model.moe.n_routed_experts={count}")
         _require(experts == 1 or tensor == 1, f"expert_parallel={experts} with tensor_parallel={tensor}: one of them must be 1")
         if self.placement == "spread":
-            _require(self.nodes % experts == 0, f"placement=spread puts expert_parallel={experts} GPUs on as many nodes: it must divide nodes={self.nodes}")
+            _require(self.nodes % experts == 0, f"placement=spread: expert_parallel={experts} GPUs on as many nodes must divide nodes={self.nodes}")
         elif experts > self.gpus_per_node:
             _require(experts % self.gpus_per_node == 0, f"expert_parallel={experts} must be a multiple of gpus_per_node={self.gpus_per_node}")
         else:
@@ -119,14 +130,16 @@ class TrainingStep:
         each = self.data_parallel * self.micro_batch_size
         _require(
             self.batch_size % each == 0,
-            f"batch_size={self.batch_size} must be a multiple of {each}: data-parallel ranks {self.data_parallel} x micro_batch_size={self.micro_batch_size}",
+            f"batch_size={self.batch_size} must be a multiple of {each}"
+            f" ({self.data_parallel} data-parallel ranks x micro_batch_size={self.micro_batch_size})",
         )
         if self.schedule == "dualpipe":
             count = self.microbatches
             _require(stages % 2 == 0, f"schedule=dualpipe needs an even pipeline_parallel, not {stages}")
             _require(
                 count % 2 == 0 and count >= 2 * stages,
-                f"schedule=dualpipe needs an even number of microbatches >= {2 * stages} (2 x pipeline_parallel), not {count} (batch_size={self.batch_size})",
+                f"schedule=dualpipe needs an even number of microbatches >= {2 * stages} (2 x pipeline_parallel),"
+                f" batch_size={self.batch_size} gives {count}",
             )
 
     @property

@@ -1,6 +1,6 @@
 """A training step in closed form: the longest path through the pipeline's graph, over all draws of the constants at once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -83,7 +83,8 @@ class Work:
         for layer in layers if kind == "F" else reversed(layers):
             # Any layer of the same kind stands for it, so that each kind is computed once.
             alike = next(i for i in range(model.num_hidden_layers) if model.is_moe_layer(i) == model.is_moe_layer(layer))
-            inner += self.layers.layer(alike, phase, (sample + layer) % self.samples if model.is_moe_layer(layer) else 0, self.speeds[stage])
+            routing = (sample + layer) % self.samples if model.is_moe_layer(layer) else 0
+            inner += [replace(segment, layer=layer) for segment in self.layers.layer(alike, phase, routing, self.speeds[stage])]
         return [*first, *inner, *last] if kind == "F" else [*last, *inner, *first]
 
     @cache  # noqa: B019 - a Work lives as long as the simulation
@@ -91,10 +92,10 @@ class Work:
         """A forward and a whole backward pass whose communication hides behind each other's products."""
         parts = [*self.segments("F", stage, sample), *self.segments("BW", back_stage, back_sample)]
         zero = np.zeros_like(self.layers.bandwidth)
-        waiting = sum((p.waiting for p in parts), zero)
-        kinds = {kind: sum((p.compute[kind] for p in parts if kind in p.compute), zero) for kind in KINDS}
+        waiting = zero + sum(p.waiting for p in parts)
+        kinds: dict[str, np.ndarray] = {kind: sum((p.compute[kind] for p in parts if kind in p.compute), zero) for kind in KINDS}
         busy = sum(kinds.values(), zero) + waiting
-        alone = sum((p.communication for p in parts), zero)
+        alone = zero + sum(p.communication for p in parts)
         seconds = side_by_side(busy, alone, self.layers.bandwidth, self.layers.sms) if np.any(alone) else busy
         return Segment(
             "forward and backward",
@@ -104,7 +105,7 @@ class Work:
             waiting,
             seconds - busy,
             alone,
-            sum((p.again for p in parts), zero),
+            zero + sum(p.again for p in parts),
             next((p.slowest for p in parts if p.slowest >= 0), -1),
             sum(p.nvlink_bytes for p in parts),
             sum(p.infiniband_bytes for p in parts),
@@ -113,17 +114,18 @@ class Work:
 
 @dataclass(slots=True)
 class Step:
-    """All units, the seconds of the step, float64 (draws,), and what they are spent on: a mean over GPUs that sums to them."""
+    """All units, the seconds of the step, float64 (draws,), and what they are spent on: a mean over GPUs that sums to them.
+
+    communication: of all-to-alls and tensor parallelism of the average GPU, isolated, hidden or not.  send: from one stage to the next.
+    """
 
     units: list[Unit]
     seconds: np.ndarray
     breakdown: dict[str, np.ndarray]
     communication: np.ndarray
-    """Seconds of all-to-alls and tensor parallelism of the average GPU, isolated, hidden or not."""
     recomputation: np.ndarray
     send: np.ndarray
     exchange: Exchange | None
-    """Seconds from one stage to the next."""
 
 
 def closed_form(spec: TrainingStep, cluster: Cluster, constants: Constants, trace: RoutingTrace | None = None) -> Step:
@@ -175,8 +177,9 @@ def _tail(spec: TrainingStep, cluster: Cluster, constants: Constants, work: Work
     copies = len(held)  # DualPipe keeps each stage at two positions, whose gradients are added up, too
     alike, experts = np.sum([parameters(spec, stage) for stage in held], axis=0)
     groups = ((alike, spec.data_parallel * copies, _per_node(spec, experts=False)), (experts, spec.units * copies, _per_node(spec, experts=True)))
-    reduce = sum(_ring(GRADIENT_BYTES * count, n, near, cluster, constants) for count, n, near in groups)
-    gather = sum(_ring(WEIGHT_BYTES * count, n, near, cluster, constants) for count, n, near in groups)
+    zero = np.zeros(constants.draws)
+    reduce = sum((_ring(GRADIENT_BYTES * count, n, near, cluster, constants) for count, n, near in groups), zero)
+    gather = sum((_ring(WEIGHT_BYTES * count, n, near, cluster, constants) for count, n, near in groups), zero)
     if spec.gradient_overlap:
         window = np.sum([work.total("BW", stage, (spec.microbatches - 1) % work.samples) for stage in held], axis=0) / copies
         reduce = np.maximum(reduce - work.layers.bandwidth * window, 0.0)
