@@ -57,5 +57,11 @@ class Outputs:
         return list(files)
 
 
+def say(written: list[Path]) -> None:
+    """Where the files are, below a command's tables."""
+    for path in written:
+        print(f"written: {path}")
+
+
 def _plain(spec: Any) -> Any:
     return asdict(spec) if is_dataclass(spec) and not isinstance(spec, type) else spec

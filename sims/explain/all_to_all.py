@@ -6,7 +6,7 @@ import numpy as np
 
 from research.errors import ConfigError
 from research.routing_trace import RoutingTrace
-from sims.all_to_all import AllToAll, Plan, plan
+from sims.all_to_all import AllToAll, Plan, plan, query
 from sims.collective import CLASSES, collective_seconds, gpu_seconds, latency_seconds, notify_seconds, streams
 from sims.constants import Constants, load_constants, outside
 from sims.explain.sensitivity import Explanation, best_fit, perturbed, sensitivities
@@ -31,15 +31,17 @@ def explain_all_to_all(spec: AllToAll, trace: RoutingTrace | None = None) -> Exp
         seconds = float(collective_seconds(traffic, planned.cluster, best, sms=sms)[0])
         parts |= {f"{name}, latency": latency, f"{name}, transmit": seconds - latency}
     busy = {name: class_seconds(planned, traffic, best, sms) for name, traffic in moves.items()}
+    tilts = seconds_of(planned, tilted, sms)
     return Explanation(
         question="all-to-all",
         answer=Quantiles.of(seconds_of(planned, constants, sms)),
         unit="s",
         bottleneck=_bottleneck(planned, busy, parts),
         parts=parts,
-        sensitivities=sensitivities(seconds_of(planned, tilted, sms), tilted),
+        sensitivities=sensitivities(tilts, tilted),
+        base=float(tilts[0]),
         switches=[*_factors(busy, sms), *_over_nodes(spec, trace)],
-        warnings=[*planned.warnings, *outside({"cluster": planned.cluster.key, "nodes": planned.placement.nodes, "sms": sms})],
+        warnings=[*planned.warnings, *outside(query(planned, sms))],
         seed=spec.seed,
     )
 
@@ -82,9 +84,9 @@ def _factors(busy: dict[str, dict[str, float]], sms: float) -> list[str]:
         (first, most), (second, next_) = _ranked(classes)[:2]
         if most and next_:
             what = "SMs" if first == "sm" else f"{LINK[first]} bandwidth"
-            sentences.append(f"{name}: from {most / next_:.2f} times the {what} on {LINK[second]} binds instead of {LINK[first]}.")
+            sentences.append(f"{name}: with {most / next_:.2f} times the {what} or more, {LINK[second]} binds instead of {LINK[first]}.")
         if first != "sm" and classes["sm"]:
-            sentences.append(f"{name}: SM work binds below {sms * classes['sm'] / most:.1f} SMs (there are {sms:.0f}).")
+            sentences.append(f"{name}: with fewer than {sms * classes['sm'] / most:.1f} SMs (there are {sms:.0f}), SM work binds.")
     return sentences
 
 

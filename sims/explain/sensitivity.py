@@ -40,6 +40,8 @@ class Explanation:
     """Where time goes, seconds at the best fit."""
     sensitivities: Sequence[Sensitivity]
     """The largest first."""
+    base: float
+    """The answer at the best fit, which sensitivities are relative to."""
     switches: Sequence[str]
     """What would have to change for something else to bind, a sentence each."""
     warnings: Sequence[str] = ()

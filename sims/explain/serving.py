@@ -15,7 +15,9 @@ SAMPLE = 4096
 def explain_serving(spec: Serving, trace: RoutingTrace | None = None) -> Explanation:
     """Saturation in closed form: generated tokens per second, and a step's time by kind of work."""
     host = server(spec, trace)
-    average = means(draw_requests(spec.lengths, spec.requests or SAMPLE, rate=None, seed=spec.seed), spec.block_tokens, reserve=spec.admission == "reserve")
+    average = means(
+        draw_requests(spec.lengths, spec.requests or SAMPLE, rate=None, seed=spec.seed), spec.block_tokens, reserve=spec.admission == "reserve"
+    )
     most, limit = residents(average, host.room, host.cost, spec)
     gains = elasticities(average, host.room, host.cost, spec)
     first, second = sorted(gains, key=lambda name: -gains[name])[:2]
@@ -35,8 +37,9 @@ def explain_serving(spec: Serving, trace: RoutingTrace | None = None) -> Explana
             f"{first[0].upper()}{first[1:]} binds: one per cent more of it generates {gains[first]:.2f} % more, of {second} {gains[second]:.2f} %; "
             f"{most:,.0f} sequences are resident, limited by {limit}."
         ),
-        parts={name: float(seconds[0, 0]) for name, seconds in here.priced.parts.items() if seconds[0, 0] > 0},
+        parts={name: float(seconds[0]) for name, seconds in here.priced.parts.items() if seconds[0] > 0},
         sensitivities=sensitivities(full(tilted).generated, tilted),
+        base=float(here.generated[0]),
         switches=[
             f"What bounds most of a step over the batch: {', '.join(changes)} (a batch of {most:,.0f} fits).",
             *(f"One per cent more {name}: {gain:+.2f} % tokens per second." for name, gain in sorted(gains.items(), key=lambda item: -item[1])),

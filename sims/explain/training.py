@@ -6,14 +6,14 @@ from typing import Any
 
 from research.errors import ConfigError
 from research.routing_trace import RoutingTrace
-from sims.cluster import load_cluster
-from sims.constants import load_constants, outside
 from sims.explain.sensitivity import Explanation, best_fit, perturbed, sensitivities
 from sims.quantiles import Quantiles
+from sims.simulation import simulate
+from sims.training.memory import memory
+from sims.training.result import StepResult
 from sims.training.spec import TrainingStep
 from sims.training.step import closed_form
 
-DRAWS = 64
 SAID = {
     "attention": "attention (compute)",
     "dense_gemm": "dense products (compute)",
@@ -31,11 +31,10 @@ SAID = {
 
 def explain_training_step(spec: TrainingStep, trace: RoutingTrace | None = None) -> Explanation:
     """The step in closed form, and what other choices would make of it."""
-    cluster = load_cluster(spec.cluster)
-    constants = load_constants(cluster, DRAWS)
-    step, tilted, best = closed_form(spec, cluster, constants, trace), perturbed(constants), best_fit(constants)
-    parts = {name: float(seconds[0]) for name, seconds in step.breakdown.items() if seconds[0] > 0}
-    whole = float(step.seconds[0])
+    result: StepResult = simulate(spec, trace)
+    cluster, constants, step = result.cluster, result.constants, result.step
+    tilted, best, whole = perturbed(constants), best_fit(constants), float(step.seconds[0])
+    parts = {name: float(seconds[0]) for name, seconds in step.breakdown.items() if seconds[0] > 1e-9 * whole}
     first, second = sorted(parts, key=lambda name: -parts[name])[:2]
     exposed = parts.get("exposed_communication", 0.0)
     hidden = max(float(step.communication[0]) - exposed, 0.0)
@@ -51,7 +50,9 @@ def explain_training_step(spec: TrainingStep, trace: RoutingTrace | None = None)
             seconds = float(closed_form(other, cluster, best, trace if other.model == spec.model else None).seconds[0])
         except (ConfigError, ValueError):
             continue
-        changed.append((seconds / whole - 1, f"{said}: {100 * (seconds / whole - 1):+.1f} % ({seconds:,.2f} s)."))
+        held = memory(other, cluster.hbm_bytes.value)
+        room = "" if held.fits else f", but needs {held.total / 1e9:.0f} GB of the {held.available / 1e9:.0f} GB that a GPU has"
+        changed.append((seconds / whole - 1, f"{said}: {100 * (seconds / whole - 1):+.1f} % ({seconds:,.2f} s){room}."))
     return Explanation(
         question="training-step",
         answer=Quantiles.of(step.seconds),
@@ -59,8 +60,9 @@ def explain_training_step(spec: TrainingStep, trace: RoutingTrace | None = None)
         bottleneck=bottleneck,
         parts=parts,
         sensitivities=sensitivities(closed_form(spec, cluster, tilted, trace).seconds, tilted),
+        base=whole,
         switches=[sentence for _, sentence in sorted(changed)],
-        warnings=outside({"cluster": cluster.key, "nodes": spec.nodes}),
+        warnings=result.warnings,
         seed=spec.seed,
     )
 

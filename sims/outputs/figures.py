@@ -150,7 +150,16 @@ def formula_figure(ours: Mapping[str, Quantiles], theirs: Mapping[str, Mapping[s
         return canvas
 
 
-def curve_figure(x: Sequence[float], bands: Sequence[Quantiles], *, xlabel: str, ylabel: str, title: str, log_x: bool = False, marked: tuple[str, float] | None = None) -> Canvas:
+def curve_figure(
+    x: Sequence[float],
+    bands: Sequence[Quantiles],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    log_x: bool = False,
+    marked: tuple[str, float] | None = None,
+) -> Canvas:
     """P50 over x, with the P10 to P90 band; a named x may be marked."""
     with mpl.rc_context(STYLE):
         canvas, axes = plt.subplots(figsize=(7.0, 3.6), layout="constrained")

@@ -47,8 +47,9 @@ def _(result: StepResult) -> bytes:
     exchange = result.step.exchange
     if exchange is None:
         raise ConfigError("--heatmap: the model has no routed experts (model.moe), so nothing goes from GPU to GPU in an all-to-all")
-    spec, moves = result.spec, exchange.samples[0].traffic.values()
-    nvlink, infiniband = sum(move.nvlink for move in moves), sum(move.infiniband for move in moves)
+    spec, moves = result.spec, exchange.samples[0].traffic
+    nvlink = moves["dispatch"].nvlink + moves["combine"].nvlink
+    infiniband = moves["dispatch"].infiniband + moves["combine"].infiniband
     title = f"{result.cluster.name}: dispatch and combine of one layer and microbatch, {spec.experts_over} GPUs"
     return heatmap_png(nvlink, infiniband, _block(nvlink, spec.gpus_per_node), title)
 

@@ -59,14 +59,25 @@ def calibration_section(rows: list[Comparison]) -> Section:
         left = float(np.mean([abs(stored[row.name]["leave_one_out"]) for row in some]))
         cells = [f"{100 * means[name]:.0f} %" for name in names]
         body.append([f"mean absolute error, {direction}", "", "", f"{100 * means['ours']:.1f} %", "", f"{100 * left:.1f} %", *cells])
-    head = ["point", "measured, us", "ours, us, P50 (P10 to P90)", "error, **FITTED**", "P10 to P90", "error, point left out", *(f"`{n}`" for n in names)]
+    head = [
+        "point",
+        "measured, us",
+        "ours, us, P50 (P10 to P90)",
+        "error, **FITTED**",
+        "P10 to P90",
+        "error, point left out",
+        *(f"`{n}`" for n in names),
+    ]
     blocks = [
-        "DeepEP's kernels: 4,096 tokens per GPU, hidden 7,168, top 8 of 256, FP8 dispatch and BF16 combine. These points are the only ones that constants "
-        "are fitted on, so their residuals prove little; the column beside them predicts each point from all others. The formulas of other tools get the "
+        "DeepEP's kernels: 4,096 tokens per GPU, hidden 7,168, top 8 of 256, FP8 dispatch and BF16 combine. These points are the only ones that "
+        "constants "
+        "are fitted on, so their residuals prove little; the column beside them predicts each point from all others. The formulas of other tools "
+        "get the "
         "same hardware figures. Errors are signed, (predicted - measured) / measured.",
         table(head, body),
         "### What identifies which constant",
-        "A constant counts as identified where the points narrow its prior to 70 % of its spread or less. What no point sees keeps the prior, which is "
+        "A constant counts as identified where the points narrow its prior to 70 % of its spread or less. What no point sees keeps the prior, "
+        "which is "
         "part of every band on this page.",
         _identified(fitted["constants"]),
     ]

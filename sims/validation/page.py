@@ -12,14 +12,18 @@ from sims.validation.training import predictions, training_section
 
 TITLE = "The cluster model against what was published"
 LEAD = (
-    "Made by `python -m sims validate` from committed data; nothing here was typed in. *FITTED* rows are what constants were fitted on, *predicted* rows "
-    "were never seen by a fit. Errors are signed, (ours - published) / published; every time has P10, P50 and P90; a published figure outside that band is "
+    "Made by `python -m sims validate` from committed data; nothing here was typed in. *FITTED* rows are what constants were fitted on, "
+    "*predicted* rows "
+    "were never seen by a fit. Errors are signed, (ours - published) / published; every time has P10, P50 and P90; a published figure outside that "
+    "band is "
     "marked, and misses stay on the page."
 )
 UNVALIDATED = (
-    "**The device limit M on hardware.** No public sweep over M exists. The curve over M rests on exact bytes and on times that were checked over other "
+    "**The device limit M on hardware.** No public sweep over M exists. The curve over M rests on exact bytes and on times that were checked over "
+    "other "
     "numbers of nodes and of experts per token; it was never compared with a measured curve over M.",
-    "**Skewed routing.** Published all-to-all and training figures are taken with routing that is (nearly) balanced by force. Times under skew follow from "
+    "**Skewed routing.** Published all-to-all and training figures are taken with routing that is (nearly) balanced by force. Times under skew "
+    "follow from "
     "bytes and from waiting for the slowest, and no public measurement checks them.",
     "**DeepSeek-V2's cluster.** The number of GPUs and whether the 8 devices of a layer share a node are not published: both placements and several "
     "numbers of GPUs are shown.",

@@ -2,7 +2,6 @@
 
 from research import accounting
 from research.presets import preset
-from sims.quantiles import Quantiles
 from sims.serving.comparison import Comparison as Serving
 from sims.serving.comparison import Ratio, generation_ratio
 from sims.validation.comparison import Comparison, comparison_table, published
@@ -36,20 +35,33 @@ def serving_section(rows: list[Comparison], found: Serving) -> Section:
         cache.append([name, f"{bits}", f"{known[key].value:.2f}", f"{ours:.2f}", signed(ours, known[key].value)])
     ratio, rates = comparison_table(rows[:1], digits=2), comparison_table(rows[1:], digits=0)
     blocks = [
-        "Throughput is residents over the time of a step, so the ratio is term (a), how many more sequences fit, times term (b), how much faster or slower a "
-        "step is. Constants are those of training; nothing was fitted to these figures. DeepSeek-V2 has FP8 weights and a cache of 6 bits, DeepSeek 67B BF16 "
+        "Throughput is residents over the time of a step, so the ratio is term (a), how many more sequences fit, times term (b), how much faster "
+        "or slower a "
+        "step is. Constants are those of training; nothing was fitted to these figures. DeepSeek-V2 has FP8 weights and a cache of 6 bits, "
+        "DeepSeek 67B BF16 "
         "of both and tensor parallelism over 8. Request lengths are not published: the prediction takes "
         f"prompts of {at.lengths.prompt:,.0f} and outputs of {at.lengths.output:,.0f} tokens, the table below the others.",
         ratio,
         rates,
-        f"Term (a), residents: {at.residents_ratio:.2f} times as many sequences. Term (b), seconds per step of 67B over V2's: {band(at.step_ratio, digits=3)}. "
-        f"Their product: {band(at.ratio, digits=2)}, published {known['generation_ratio'].value:g}. Beside one copy of the weights and nothing else the nodes hold "
+        f"Term (a), residents: {at.residents_ratio:.2f} times as many sequences. Term (b), seconds per step of 67B over V2's: "
+        f"{band(at.step_ratio, digits=3)}. "
+        f"Their product: {band(at.ratio, digits=2)}, published {known['generation_ratio'].value:g}. Beside one copy of the weights and nothing "
+        f"else the nodes hold "
         f"{found.ideal_cached_tokens[0] / 1e6:.1f} and {found.ideal_cached_tokens[1] / 1e6:.2f} million cached tokens.",
         "Bytes of the cache per token, kB:",
         table(["model", "bits", "published", "ours", "error"], cache),
         "### Over request lengths and readings of FP8",
         table(
-            ["lengths (prompt, output), reading", "(a) residents", "(b) step", "(a) x (b)", "error", "with prompts computed there", "V2 tokens/s", "67B tokens/s"],
+            [
+                "lengths (prompt, output), reading",
+                "(a) residents",
+                "(b) step",
+                "(a) x (b)",
+                "error",
+                "with prompts computed there",
+                "V2 tokens/s",
+                "67B tokens/s",
+            ],
             [_row(each, known["generation_ratio"].value) for each in found.sensitivity],
         ),
     ]

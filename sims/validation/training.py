@@ -1,7 +1,5 @@
 """DeepSeek-V2's training cost, predicted from DeepSeek 67B's alone."""
 
-from dataclasses import replace
-
 import numpy as np
 
 from research import accounting
@@ -43,7 +41,8 @@ def predictions() -> tuple[list[Comparison], dict[str, StepResult]]:
         rows.append(
             Comparison(
                 group="training", name=f"DeepSeek-V2, {PLACEMENTS[placement]}", unit="K GPU-hours per 1e12 tokens", value=sparse.value,
-                ours=Quantiles.of(step.gpu_hours_per_trillion_tokens / 1e3), kind="predicted", baselines={"67B's MFU": equal_mfu}, source=sparse.source,
+                ours=Quantiles.of(step.gpu_hours_per_trillion_tokens / 1e3), kind="predicted",
+                baselines={"67B's MFU": equal_mfu}, source=sparse.source,
             )
         )  # fmt: skip
     for placement, step in steps.items():
@@ -70,12 +69,17 @@ def training_section(rows: list[Comparison], steps: dict[str, StepResult]) -> Se
         )  # fmt: skip
     over = []
     for nodes in NODES:
-        found = [Quantiles.of(simulate(TrainingStep(nodes=nodes, placement=placement)).gpu_hours_per_trillion_tokens / 1e3) for placement in PLACEMENTS]
+        found = [
+            Quantiles.of(simulate(TrainingStep(nodes=nodes, placement=placement)).gpu_hours_per_trillion_tokens / 1e3) for placement in PLACEMENTS
+        ]
         over.append([f"{nodes} x 8", *(band(each) for each in found)])
     blocks = [
-        "The efficiency of dense products is fitted on DeepSeek 67B's 300.6K GPU-hours alone, together with what that one number leaves open; nothing was "
-        "fitted to DeepSeek-V2's cost. Its set-up is the published one: 16 pipeline stages with a zero-bubble schedule, 8-way expert parallelism, ZeRO-1, "
-        "partial recomputation, shared experts computed while tokens travel, 9,216 sequences of 4K. *67B's MFU* is what a calculator says that knows FLOPs only.",
+        "The efficiency of dense products is fitted on DeepSeek 67B's 300.6K GPU-hours alone, together with what that one number leaves open; "
+        "nothing was "
+        "fitted to DeepSeek-V2's cost. Its set-up is the published one: 16 pipeline stages with a zero-bubble schedule, 8-way expert parallelism, "
+        "ZeRO-1, "
+        "partial recomputation, shared experts computed while tokens travel, 9,216 sequences of 4K. *67B's MFU* is what a calculator says that "
+        "knows FLOPs only.",
         comparison_table(rows, digits=1),
         "DeepSeek-V2's step on 128 GPUs in both placements, which the paper does not choose between:",
         table(["placement", "step, s", "tokens/s per GPU", "MFU, %", "exposed communication", "bubble", "memory of the fullest GPU"], about),
