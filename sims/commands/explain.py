@@ -67,7 +67,7 @@ def _parameters(kind: str, context: typer.Context) -> Mapping[str, Any]:
     """The options after the kind, read as that command reads them."""
     group = typer.main.get_command(app)
     command = group.get_command(context, kind)  # type: ignore[attr-defined]
-    return dict(command.make_context(kind, list(context.args), parent=context).params)
+    return dict(command.make_context(f"explain {kind}", list(context.args), parent=context.parent).params)
 
 
 def _read(kind: str, path: Path) -> Any:

@@ -28,7 +28,6 @@ OPTIONS = (
     "weight_bits",
     "kv_bits",
     "compute_bits",
-    "prompt",
     "rate",
     "clients",
     "requests",

@@ -112,8 +112,8 @@ def _listed(values: Sequence[int]) -> str:
 
 def bars_figure(parts: Mapping[str, float], title: str, unit: str = "ms", scale: float = 1e3) -> Canvas:
     """Where time goes: a horizontal bar per part, the longest first, with its number and share."""
-    ordered = sorted(parts.items(), key=lambda part: -part[1])
     total = sum(parts.values()) or 1.0
+    ordered = sorted(((name.replace("_", " "), value) for name, value in parts.items() if value > 1e-9 * total), key=lambda part: -part[1])
     with mpl.rc_context(STYLE):
         canvas, axes = plt.subplots(figsize=(7.6, 0.9 + 0.34 * len(ordered)), layout="constrained")
         positions = range(len(ordered))

@@ -1,7 +1,7 @@
 """What is exact: how many devices a token reaches under the limit M, and how many bytes cross NVLink and InfiniBand."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import comb
 from pathlib import Path
@@ -11,8 +11,11 @@ import numpy as np
 
 from research.configfile import validate
 from research.routing_trace import select_experts
-from sims.outputs.figures import svg_bytes
+from sims.all_to_all import AllToAll
+from sims.outputs.figures import LimitPoint, limit_figure, limit_text, svg_bytes
+from sims.outputs.of_results import limit_point
 from sims.placement import Placement, place
+from sims.simulation import simulate
 from sims.traffic import Traffic, needed_devices, payload_bytes, traffic_of
 from sims.validation.comparison import Published, published
 from sims.validation.document import Figure, Section, signed, table
@@ -80,7 +83,27 @@ def devices_section() -> Section:
         table(["M", "noted", "ours", "error", "fewer sends than unrestricted", *(f"bytes, {name}" for name in places)], rows),
         f"Unrestricted routing of random experts has a closed form, 8 (1 - C(140, 6) / C(160, 6)) = {exact:.4f}; M >= K equals it exactly.",
     ]
-    return Section(title="How many devices a token reaches", blocks=blocks)
+    points = limit_points()
+    figure = Figure(
+        name="limit-by-nodes",
+        caption="Dispatch and combine of DeepSeek-V2's layer (H800, BF16, 4,096 tokens per GPU, all GPUs expert-parallel) over M, K and nodes: predicted, with "
+        "the formulas of other tools, none of which knows M. No measured sweep over M exists to hold it against.",
+        alternative=limit_text(points),
+        svg=svg_bytes(limit_figure(points)),
+    )
+    return Section(title="How many devices a token reaches", blocks=blocks, figures=[figure])
+
+
+def limit_points() -> list[LimitPoint]:
+    """The all-to-all of DeepSeek-V2's layer on H800 over M, two K and three numbers of nodes."""
+    question = AllToAll(cluster="h800", hidden_size=5120, n_routed_experts=160, expert_devices=8)
+    cells = [
+        replace(question, nodes=nodes, num_experts_per_tok=chosen, device_limit=limit)
+        for nodes in (1, 2, 4)
+        for chosen in (6, 8)
+        for limit in (1, 2, 3, 4, 6, None)
+    ]
+    return [limit_point(simulate(cell)) for cell in cells]
 
 
 def ratio_section() -> Section:

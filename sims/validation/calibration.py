@@ -96,7 +96,7 @@ def _identified(constants: Mapping[str, Any]) -> str:
         if "prior_best" not in fitted:
             continue
         low, high = np.quantile(fitted["draws"], (0.1, 0.9))
-        seen = ", ".join(fitted["seen_by"]) or "no point"
+        seen = ", ".join(dict.fromkeys(name.rsplit("-", 1)[0] for name in fitted["seen_by"])) or "no point"
         rows.append([f"`{name}`", f"{fitted['best']:.3g}", f"{low:.3g} to {high:.3g}", f"{fitted['prior_best']:.3g}",
                      f"{fitted['log_spread'] / fitted['prior_log_spread']:.2f}", "yes" if fitted["identified"] else "**no**", seen])  # fmt: skip
     return table(["constant", "best fit", "P10 to P90", "prior", "spread over prior's", "identified", "seen by"], rows)
