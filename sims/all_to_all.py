@@ -4,7 +4,7 @@ T1, the same in events, is `sims.events`; T2, several collectives on shared link
 """
 
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -185,10 +185,13 @@ def plan(spec: AllToAll, trace: RoutingTrace | None = None) -> Plan:
     )
     if spec.expert_placement is None and experts % devices:
         warnings.append(f"n_routed_experts = {experts} over {devices} devices: does not come out even, some hold one expert more")
+    if trace is not None:
+        said = ((name, getattr(trace, name), getattr(spec, name)) for name in ("n_routed_experts", "num_experts_per_tok", "expert_devices"))
+        warnings += [f"{name} = {asked}: the trace's {own} hold" for name, own, asked in said if own != asked]
     trace = _routed(spec, where, trace)
     ids = trace.expert_ids[_step(spec, trace)].reshape(-1, trace.num_experts_per_tok)
-    counts, used = _dealt(spec, devices, len(ids), contiguous=spec.routing == "balanced")
-    ids = ids[used]
+    counts, used = _dealt(_tokens(spec, devices), len(ids), spec.routing == "balanced")
+    ids = ids[used] if len(used) < len(ids) else ids
     needed = needed_devices(ids, where.expert_device, devices)
     chosen = None
     if spec.dedup == "none":
@@ -226,9 +229,7 @@ def answer(planned: Plan, constants: Constants) -> Result:
         name: move(traffic, cluster, constants, sms=sms, experts=trace.n_routed_experts, notify=name == "dispatch")
         for name, traffic in (*forward.items(), ("backward_combine", planned.backward_combine), ("backward_dispatch", planned.backward_dispatch))
     }
-    load, weights = planned.copies, planned.counts.sum(0, dtype=np.float64)
-    weights = weights / weights.sum()
-    at = planned.placement.node_matrix().astype(np.float32)
+    load, tokens, size = planned.copies, float(planned.counts.sum(dtype=np.float64)), planned.dispatch.bytes_per_token
     per_device = trace.n_routed_experts // trace.expert_devices
     ids = trace.expert_ids[_step(spec, trace)].reshape(-1, trace.num_experts_per_tok)
     return Result(
@@ -244,9 +245,11 @@ def answer(planned: Plan, constants: Constants) -> Result:
         seed=spec.seed,
         routing=spec.routing,
         **moves,
-        distinct_devices_per_token=float(planned.needed.sum(1) @ weights),
-        distinct_routing_devices_per_token=float(needed_devices(ids // per_device, trace.expert_devices, trace.expert_devices).sum(1).mean()),
-        distinct_nodes_per_token=float((planned.needed @ at > 0).sum(1) @ weights),
+        distinct_devices_per_token=float(planned.counts.sum(0, dtype=np.float64) @ planned.needed.sum(1)) / tokens
+        if spec.dedup == "none"
+        else int(planned.dispatch.logical.sum()) / size / tokens,
+        distinct_routing_devices_per_token=float(needed_devices(ids // per_device, trace.expert_devices, trace.expert_devices).sum() / len(ids)),
+        distinct_nodes_per_token=int(planned.dispatch.node_logical.sum()) / size / tokens,
         expert_load_violation=float(load.max() / load.mean() - 1),
         nvlink_matrix=planned.dispatch.nvlink + planned.combine.nvlink,
         infiniband_matrix=planned.dispatch.infiniband + planned.combine.infiniband,
@@ -254,7 +257,7 @@ def answer(planned: Plan, constants: Constants) -> Result:
             cluster,
             nodes=planned.placement.nodes,
             gpus_per_node=max(1, planned.placement.devices // planned.placement.nodes),
-            tokens=float(planned.counts.sum(dtype=np.float64)) / planned.placement.devices,
+            tokens=tokens / planned.placement.devices,
             chosen=trace.num_experts_per_tok,
             dispatch_bytes=planned.dispatch.bytes_per_token,
             combine_bytes=planned.combine.bytes_per_token,
@@ -386,17 +389,24 @@ def _step(spec: AllToAll, trace: RoutingTrace) -> int:
     return spec.step
 
 
-def _dealt(spec: AllToAll, devices: int, pool: int, *, contiguous: bool) -> tuple[np.ndarray, np.ndarray]:
-    """float32 (G, U) how often each GPU has each used token of the pool, and int64 (U,) which ones those are."""
-    each = np.full(devices, spec.tokens_per_device)
-    if spec.routing == "ragged":
-        # From half to one and a half times the mean.
-        each = np.maximum(1, np.rint(spec.tokens_per_device * np.linspace(0.5, 1.5, devices)).astype(np.int64)) if devices > 1 else each
-    source = np.repeat(np.arange(devices), each)
-    drawn = np.arange(len(source)) if contiguous else np.arange(len(source)) * STRIDE
-    used, index = np.unique(drawn % pool, return_inverse=True)
-    counts = np.bincount(source * len(used) + index, minlength=devices * len(used))
-    return counts.reshape(devices, len(used)).astype(np.float32), used
+@lru_cache(maxsize=8)
+def _dealt(each: tuple[int, ...], pool: int, contiguous: bool) -> tuple[np.ndarray, np.ndarray]:
+    """GPU s has each[s] tokens: float32 (G, U), how often it has each used token of the pool, and int64 (U,), which ones those are."""
+    total = sum(each)
+    drawn = (np.arange(total) if contiguous else np.arange(total) * STRIDE) % pool
+    seen = np.zeros(pool, bool)
+    seen[drawn] = True
+    used = np.flatnonzero(seen)
+    index = drawn if len(used) == pool else (np.cumsum(seen) - 1)[drawn]
+    counts = np.bincount(np.repeat(np.arange(len(each)) * len(used), each) + index, minlength=len(each) * len(used))
+    return counts.reshape(len(each), len(used)).astype(np.float32), used
+
+
+def _tokens(spec: AllToAll, devices: int) -> tuple[int, ...]:
+    """Tokens of each GPU: as many on all, or for `ragged` from half to one and a half times as many."""
+    if spec.routing != "ragged" or devices == 1:
+        return (spec.tokens_per_device,) * devices
+    return tuple(int(n) for n in np.maximum(1, np.rint(spec.tokens_per_device * np.linspace(0.5, 1.5, devices))))
 
 
 def timeline(planned: Plan, constants: Constants, sms: float) -> Timeline:

@@ -89,14 +89,10 @@ class Constants:
 
     def to_dict(self) -> dict[str, Any]:
         """Best value, P10, P90 and source of each, for JSON."""
+        low, high = np.quantile(np.stack(list(self.values.values())), (0.1, 0.9), axis=1)
         return {
-            name: {
-                "best": float(v[0]),
-                "p10": float(np.quantile(v, 0.1)),
-                "p90": float(np.quantile(v, 0.9)),
-                "source": self.sources[name],
-            }
-            for name, v in self.values.items()
+            name: {"best": float(v[0]), "p10": float(low[i]), "p90": float(high[i]), "source": self.sources[name]}
+            for i, (name, v) in enumerate(self.values.items())
         }
 
 

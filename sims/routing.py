@@ -129,9 +129,10 @@ def _bias(family: str, logits: np.ndarray, random: np.random.Generator, chosen: 
     if family == "gaussian":
         logits += random.standard_normal(size=experts, dtype=np.float32)
     elif family == "log-normal":
-        _drawn(logits, random, random.standard_normal(size=experts))
+        _drawn(logits, random, random.standard_normal((experts,)))
     elif family == "power-law":
-        _drawn(logits, random, -np.log(random.permutation(experts) + 1.0))
+        ranks: np.ndarray = random.permutation(experts) + 1
+        _drawn(logits, random, -np.log(ranks))
     elif family == "hot-expert":
         logits[: tokens // 2, 0] += 100.0
         random.shuffle(logits[:, 0])

@@ -74,9 +74,9 @@ def needed_devices(expert_ids: np.ndarray, expert_device: np.ndarray | int, devi
     """
     if isinstance(expert_device, int | np.integer):
         expert_device = np.arange(expert_device) // (expert_device // devices)
-    needed = np.zeros((len(expert_ids), devices), bool)
-    needed[np.arange(len(expert_ids))[:, None], expert_device[expert_ids]] = True
-    return needed
+    needed = np.zeros(len(expert_ids) * devices, bool)
+    needed[(expert_device.take(expert_ids) + (np.arange(len(expert_ids)) * devices)[:, None]).ravel()] = True
+    return needed.reshape(-1, devices)
 
 
 def dispatch(needed: np.ndarray, source: np.ndarray, gpus_per_node: int, bytes_per_token: int) -> Traffic:
@@ -114,7 +114,7 @@ def traffic_of(
         infiniband=infiniband * bytes_per_token,
         logical=copies * bytes_per_token,
         node_logical=reached.sum(1) * bytes_per_token,
-        sm=(np.maximum(issued, copies.sum(0)) + read) * bytes_per_token,
+        sm=(np.maximum(issued, copies.sum(0)) + read) * bytes_per_token * int(nvlink.any() or infiniband.any()),
         bytes_per_token=bytes_per_token,
         nodes=placement.nodes,
         crosses_rails=bool(dedup != "node" and (infiniband[placement.rail[:, None] != placement.rail]).any()),

@@ -82,10 +82,22 @@ def all_to_all(
     Times are P10, P50 and P90 of isolated transmit time with its latency; notify, the exchange of counts, stands beside them.
     Every option is also a field for --set (n_routed_experts, num_experts_per_tok, ... as in a model's configuration).
     """
+<<<<<<< HEAD
     outputs = Outputs(parquet=parquet, trace_out=trace_out, heatmap=heatmap, figure=figure)
     spec, found = question_of(locals())
     result: Result = simulate(spec, found)
     written = outputs.write(result, spec)
+=======
+    options = {
+        "cluster": cluster, "nodes": nodes, "gpus_per_node": gpus_per_node, "expert_parallel": expert_parallel,
+        "tokens_per_device": tokens_per_device, "hidden_size": hidden_size, "n_routed_experts": experts, "num_experts_per_tok": top_k,
+        "device_limit": device_limit, "expert_devices": expert_devices, "node_limit": node_limit, "node_score": node_score,
+        "dispatch_bits": dispatch_bits, "combine_bits": combine_bits, "sms": sms, "routing": routing, "dedup": dedup, "network": network,
+        "oversubscription": oversubscription, "seed": seed,
+    }  # fmt: skip
+    spec, asked = question.question(options, model, placement, overrides)
+    result: Result = simulate(*question.routed(spec, trace, asked, model))
+>>>>>>> h-H1
     if as_json:
         print(json.dumps(result.to_dict()))
         return
@@ -107,8 +119,8 @@ def microseconds(time: Quantiles) -> str:
 
 
 def _print(result: Result, *, formula: bool) -> None:
-    table = Table("", "P50 (P10 to P90)", "binds", "straggler", "mean wait", "NVLink bytes", "logical", "InfiniBand bytes", "logical",
-                  "GB/s NVLink", "logical", "InfiniBand", "logical",
+    table = Table("", "P50 (P10 to P90)", "binds", "straggler", "mean wait", "NVLink MB", "logical", "InfiniBand MB", "logical",
+                  "NVLink GB/s", "logical", "InfiniBand GB/s", "logical",
                   title=f"{result.cluster}: {result.groups} x {result.expert_parallel} GPUs, {result.sms:g} SMs")  # fmt: skip
     table.add_row("notify", microseconds(result.dispatch.notify_seconds))
     for name in ("dispatch", "combine", "backward_combine", "backward_dispatch"):
@@ -116,12 +128,15 @@ def _print(result: Result, *, formula: bool) -> None:
         cells = (microseconds(found.seconds), found.binds, f"GPU {found.straggler}", f"{found.waiting_seconds * 1e6:,.0f} us")
         moved = (found.nvlink_bytes, found.nvlink_logical_bytes, found.infiniband_bytes, found.infiniband_logical_bytes)
         rates = (found.gigabytes_per_second[key] for key in ("nvlink_physical", "nvlink_logical", "infiniband_physical", "infiniband_logical"))
-        table.add_row(name.replace("backward_", "backward of "), *cells, *(f"{value:,}" for value in moved), *(f"{rate:.1f}" for rate in rates))
-    if formula:
-        for name, seconds in result.formulas.items():
-            down, up = (seconds[f"{direction}_seconds"] * 1e6 for direction in ("dispatch", "combine"))
-            table.add_row(f"formula {name}", f"{down:,.0f} us and {up:,.0f} us", FORMULAS[name])
+        table.add_row(
+            name.replace("backward_", "backward of "), *cells, *(f"{value / 1e6:,.1f}" for value in moved), *(f"{rate:.1f}" for rate in rates)
+        )
     console().print(table)
+    if formula:
+        theirs = Table("formula", "dispatch us", "combine us", "what it counts", title="other tools' formulas on the same figures")
+        for name, seconds in result.formulas.items():
+            theirs.add_row(name, *(f"{seconds[f'{direction}_seconds'] * 1e6:,.0f}" for direction in ("dispatch", "combine")), FORMULAS[name])
+        console().print(theirs)
     print(
         f"{result.distinct_devices_per_token:.3f} GPUs, {result.distinct_nodes_per_token:.3f} nodes and "
         f"{result.distinct_routing_devices_per_token:.3f} of the model's devices per token; the busiest GPU has "

@@ -1,7 +1,7 @@
 """The question of an all-to-all from a command line: options, a model, `--set`, a trace; the same words in every command."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,22 +77,35 @@ def question(options: Mapping[str, Any], model: str | None, placement: str | Non
     return validate(AllToAll, apply_overrides(mapping, renamed), "all-to-all"), asked
 
 
-def routed(spec: AllToAll, path: Path | None, asked: set[str]) -> RoutingTrace | None:
-    """The trace, re-routed where a device limit was asked for; ConfigError for what only the trained model can say."""
+SHAPE = ("n_routed_experts", "num_experts_per_tok", "expert_devices")
+
+
+def routed(spec: AllToAll, path: Path | None, asked: set[str], model: str | None = None) -> tuple[AllToAll, RoutingTrace | None]:
+    """The spec with the trace's sizes, and the trace, re-routed where a device limit was asked for.
+
+    ConfigError for a trace of another shape than the model, and for what only the trained model can say.
+    """
     if path is None:
-        return None
+        return spec, None
     trace = RoutingTrace.load(path)
+    if model is not None and (wrong := [name for name in SHAPE if getattr(trace, name) != getattr(spec, name)]):
+        raise ConfigError(*(f"{path}: {name} = {getattr(trace, name)}: the model {model} has {getattr(spec, name)}" for name in wrong))
     if fixed := sorted(asked & set(FROM_TRACE)):
         raise ConfigError(*(f"--set {name}: comes from the trace {path} of a trained model; leave it out" for name in fixed))
     if "device_limit" not in asked:
-        return trace
+        return _shaped(spec, trace), trace
     limit, devices, chosen = spec.device_limit, trace.expert_devices, trace.num_experts_per_tok
     if limit is not None and (limit > devices or limit * (trace.n_routed_experts // devices) < chosen):
         least = -(-chosen * devices // trace.n_routed_experts)
         raise ConfigError(
             f"--set device_limit={limit}: the trace {path} has {chosen} experts per token on {devices} devices; valid: {least} to {devices}, or null"
         )
-    return reroute(trace, limit)
+    trace = reroute(trace, limit)
+    return _shaped(spec, trace), trace
+
+
+def _shaped(spec: AllToAll, trace: RoutingTrace) -> AllToAll:
+    return replace(spec, device_limit=trace.device_limit, **{name: getattr(trace, name) for name in SHAPE})
 
 
 def _model(name: str) -> dict[str, Any]:

@@ -84,8 +84,8 @@ def grid(spec: AllToAll, axes: dict[str, list[Any]], trace: RoutingTrace | None 
     for combination in itertools.product(*axes.values()):
         point = dict(zip(axes, combination, strict=True))
         limit = point.get(LIMITS, spec.device_limit)
-        experts, devices = (trace or spec).n_routed_experts, (trace or spec).expert_devices
-        chosen = trace.num_experts_per_tok if trace else point.get("num_experts_per_tok", spec.num_experts_per_tok)
+        experts, devices = spec.n_routed_experts, spec.expert_devices
+        chosen = point.get("num_experts_per_tok", spec.num_experts_per_tok)
         if limit is not None and 1 <= limit <= devices and limit * (experts // devices) < chosen:
             impossible += 1
             continue
@@ -141,8 +141,8 @@ def sweep(
     }  # fmt: skip
     outputs = Outputs(figure=figure)
     spec, asked = question.question(fixed, model, placement, overrides)
-    found = question.routed(spec, trace, asked)
-    devices = (found or spec).expert_devices
+    spec, found = question.routed(spec, trace, asked, model)
+    devices = spec.expert_devices
     swept = {
         "nodes": nodes if nodes is not None or "nodes" in asked else "2", "num_experts_per_tok": top_k, "tokens_per_device": tokens_per_device,
         "hidden_size": hidden_size, "sms": sms, "node_limit": node_limit, "routing": routing,

@@ -86,8 +86,8 @@ def devices_section() -> Section:
     points = limit_points()
     figure = Figure(
         name="limit-by-nodes",
-        caption="Dispatch and combine of DeepSeek-V2's layer (H800, BF16, 4,096 tokens per GPU, all GPUs expert-parallel) over M, K and nodes: predicted, with "
-        "the formulas of other tools, none of which knows M. No measured sweep over M exists to hold it against.",
+        caption="Dispatch and combine of DeepSeek-V2's layer (H800, BF16, 4,096 tokens per GPU, all GPUs expert-parallel) over M, K and nodes: "
+        "predicted, with the formulas of other tools, none of which knows M. No measured sweep over M exists to hold it against.",
         alternative=limit_text(points),
         svg=svg_bytes(limit_figure(points)),
     )
