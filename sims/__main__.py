@@ -3,9 +3,15 @@
 import sys
 
 from research.errors import UserError
+<<<<<<< HEAD
 from sims.commands import all_to_all, app, calibrate, explain, faults, serving, sweep, training_step, validate
 
 __all__ = ["all_to_all", "app", "calibrate", "explain", "faults", "serving", "sweep", "training_step", "validate"]
+=======
+from sims.commands import all_to_all, app, calibrate, sweep, training_step
+
+__all__ = ["all_to_all", "app", "calibrate", "sweep", "training_step"]
+>>>>>>> h-H2
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""`calibrate`: the constants of the communication kernels from the measured points."""
+"""`calibrate`: the constants of communication and of computing from the measured points."""
 
 import json
 from pathlib import Path
@@ -12,6 +12,7 @@ from research.terminal import console
 from sims.calibrate import FITTED, calibrate, write
 from sims.commands import app
 from sims.commands.question import AsJson
+from sims.training import efficiency
 
 
 @app.command("calibrate")
@@ -30,8 +31,11 @@ def command(
     fitted = calibrate()
     if not dry_run:
         write(fitted, path)
+    compute = efficiency.fit()
+    if not dry_run and out is None:
+        efficiency.write(compute)
     if as_json:
-        print(json.dumps(fitted))
+        print(json.dumps({**fitted, "compute": compute.report()}))
         return
     points = Table("point", "measured us", "residual", "left out", "source", title="measured points (sims/calibration/all_to_all.yaml)")
     for point in fitted["points"]:
@@ -44,6 +48,12 @@ def command(
         seen = ", ".join(f"{point} {value:+.2f}" for point, value in found["seen_by"].items()) or "no point"
         row = (f"{found['best']:.4g}", f"{found['prior_best']:.4g}", f"{found['log_spread']:.3f}", f"{found['prior_log_spread']:.3f}")
         table.add_row(name, *row, seen if found["identified"] else f"not identified: {seen}")
+    console().print(table)
+    found = compute.report()
+    table = Table("constant", "best", "prior", "log spread", "of the prior", title=f"compute: fitted on {found['point']} = {found['published']:,.0f}")
+    for name, row in found["constants"].items():
+        cells = (f"{row['best']:.4g}", f"{row['prior_best']:.4g}", f"{row['log_spread']:.3f}", f"{row['prior_log_spread']:.3f}")
+        table.add_row(name if row["identified"] else f"{name} (not identified)", *cells)
     console().print(table)
     print(
         f"mean absolute error: {fitted['mean_absolute_residual']:.1%} fitted, {fitted['mean_absolute_leave_one_out']:.1%} left out"

@@ -43,7 +43,7 @@ OPTIONS = (
     "training-step",
     help=f"""Seconds of an optimizer step, where they go, and the memory that it takes.
 
-    Examples: python -m sims training-step --model deepseek-v2 --cluster h800 --nodes 128 --placement spread
+    Examples: python -m sims training-step --model deepseek-v2 --cluster h800 --nodes 16 --set pipeline_parallel=16 --placement spread
     / python -m sims training-step --model deepseek-67b --nodes 128 --tensor-parallel 4 --pipeline-parallel 8 --schedule 1f1b
     --batch-size 4608 --recompute none --json / python -m sims training-step --set device_limit=2 --set speed.3=1.2
 
@@ -52,7 +52,7 @@ OPTIONS = (
 def training_step_command(
     model: Annotated[str, typer.Option(help="A preset (python -m research presets) or a YAML file of a model or run")] = "deepseek-v2",
     cluster: Annotated[str, typer.Option(help="h800, h100, h200, a100, b200, or a YAML file of your own")] = "h800",
-    nodes: int = 16,
+    nodes: int = 128,
     gpus_per_node: int = 8,
     pipeline_parallel: Annotated[int | None, typer.Option(help="Stages; left out: as many as fit, 16 at most")] = None,
     expert_parallel: Annotated[int | None, typer.Option(help="GPUs that share a layer's experts; left out: the model's devices")] = None,

@@ -7,6 +7,7 @@ stored together.  A draw that hides little communication has efficient products,
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from sims.training.step import closed_form
 
 DATA, FITTED = CALIBRATION / "compute.yaml", CALIBRATION / "compute-fitted.json"
 SOLVED, NO_SHARE = "dense_gemm_efficiency", "grouped_gemm_half_tokens"
-PROPOSALS, DRAWS, SEED = 384, 64, 0
+PROPOSALS, DRAWS, SEED = 1024, 64, 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,28 @@ class Fit:
         sources[SOLVED] = f"fitted on {drawn}"
         return {"constants": {name: {"draws": [float(f"{x:.8g}") for x in v], "source": sources[name]} for name, v in self.draws.items()}}
 
+    def report(self) -> dict[str, Any]:
+        """What `calibrate` says: one point identifies one constant, and the spread of each before and after."""
+        constants = {}
+        for name, values in self.draws.items():
+            spread = float(np.std(np.log(values)))
+            before = priors()[name].log_spread
+            constants[name] = {
+                "best": float(values[0]),
+                "prior_best": priors()[name].best,
+                "log_spread": spread,
+                "prior_log_spread": before,
+                "identified": name == SOLVED,
+            }
+        return {
+            "point": "DeepSeek 67B, GPU-hours per 1e12 tokens",
+            "published": self.hours,
+            "residual": self.residual,
+            "effective_draws": self.effective,
+            "efficiency_by_assumed_layout": self.alone,
+            "constants": constants,
+        }
+
 
 def fit() -> Fit:
     """Solve, weigh and keep, deterministically; some seconds."""
@@ -53,8 +76,10 @@ def fit() -> Fit:
     names = list(data["priors"])
     hours, layouts = float(data["point"]["value"]), data["set_up"]["layouts"]
     specs = [layout_step(data["set_up"], layout) for layout in layouts]
-    start = Constants({name: prior.draws(name, PROPOSALS) for name, prior in priors().items()} | {"unexplained": np.ones(PROPOSALS)}, {})
     random = np.random.default_rng(SEED)
+    start = Constants(
+        {name: prior.draws(name, PROPOSALS) if name in names else np.full(PROPOSALS, prior.best) for name, prior in priors().items()}, {}
+    )
     chosen = random.integers(0, len(specs), PROPOSALS)
     chosen[0] = 0
     solved, slope = np.ones(PROPOSALS), np.ones(PROPOSALS)
@@ -67,7 +92,8 @@ def fit() -> Fit:
         solved[rows[mine]], slope[rows[mine]] = found[mine], slopes[mine]
     shares = [solved, *(start[name] for name in names if name not in (SOLVED, NO_SHARE))]
     weights = np.where(np.max(shares, axis=0) < 1.0, density(priors()[SOLVED], solved) / slope, 0.0)
-    kept = _resampled(weights / weights.sum(), DRAWS, random)
+    order = np.argsort(solved)
+    kept = order[_resampled(weights[order] / weights.sum(), DRAWS, random)]
     kept[0] = 0
     drawn = {name: (solved if name == SOLVED else start[name])[kept] for name in names}
     best = Constants({name: v[:1] for name, v in {**start.values, **drawn}.items()}, {})
@@ -120,9 +146,9 @@ def gpu_hours(spec: TrainingStep, seconds: np.ndarray) -> np.ndarray:
 
 def density(prior: Prior, values: np.ndarray) -> np.ndarray:
     """Of the logarithm, up to a factor: normal with a spread of its own on either side of the best value."""
+    below, above = (math.log(wide) / 1.2816 for wide in (prior.best / prior.low, prior.high / prior.best))
     logs = np.log(values / prior.best)
-    spread = np.where(logs < 0, np.log(prior.best / prior.low), np.log(prior.high / prior.best)) / 1.2816
-    return np.exp(-0.5 * (logs / spread) ** 2)
+    return np.exp(-0.5 * (logs / np.where(logs < 0, below, above)) ** 2)
 
 
 def _rows(constants: Constants, rows: np.ndarray) -> Constants:
@@ -131,8 +157,9 @@ def _rows(constants: Constants, rows: np.ndarray) -> Constants:
 
 def _resampled(weights: np.ndarray, number: int, random: np.random.Generator) -> np.ndarray:
     """Systematic resampling: each index as often as its weight says, give or take one; in random order."""
-    positions = (np.arange(number) + random.random()) / number
-    return random.permutation(np.minimum(np.cumsum(weights).searchsorted(positions), len(weights) - 1))
+    positions = np.linspace(0.0, 1.0, number, endpoint=False) + random.random() / number
+    found = np.searchsorted(np.cumsum(weights), positions)
+    return random.permutation(np.minimum(found, len(weights) - 1))
 
 
 def write(found: Fit, path: Path = FITTED) -> None:

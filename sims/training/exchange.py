@@ -68,8 +68,7 @@ def exchange(spec: TrainingStep, cluster: Cluster, constants: Constants, trace: 
 def _routings(spec: TrainingStep, moe: MoEConfig, trace: RoutingTrace | None) -> list[np.ndarray]:
     """Chosen experts, int (tokens, K), of each sample."""
     if trace is None:
-        number = 1 if spec.routing == "balanced" else spec.routing_samples
-        return [_made_up(spec, moe, spec.seed + i) for i in range(number)]
+        return _made_up(spec, moe)
     found = (trace.n_routed_experts, trace.num_experts_per_tok, trace.expert_devices)
     wanted = (moe.n_routed_experts, moe.num_experts_per_tok, moe.expert_devices)
     if found != wanted:
@@ -80,18 +79,25 @@ def _routings(spec: TrainingStep, moe: MoEConfig, trace: RoutingTrace | None) ->
     return [last[i % len(last)] for i in range(max(spec.routing_samples, len(last)))]
 
 
-def _made_up(spec: TrainingStep, moe: MoEConfig, seed: int) -> np.ndarray:
-    family = "random" if spec.routing == "balanced" else spec.routing
-    made = synthetic_trace(
-        family,  # type: ignore[arg-type]
-        tokens=POOL,
-        n_routed_experts=moe.n_routed_experts,
-        num_experts_per_tok=moe.num_experts_per_tok,
-        expert_devices=moe.expert_devices,
-        device_limit=moe.device_limit,
-        seed=seed,
-    )
-    return made.expert_ids[-1, 0]
+def _made_up(spec: TrainingStep, moe: MoEConfig) -> list[np.ndarray]:
+    """`balanced` once, a family that moves from step to step as its snapshots, any other with a seed for each sample."""
+    tokens = POOL if spec.routing != "balanced" else max(POOL // moe.n_routed_experts, 16) * moe.n_routed_experts
+    moving = spec.routing in ("rotating", "burst")
+    seeds = [spec.seed] if moving or spec.routing == "balanced" else range(spec.seed, spec.seed + spec.routing_samples)
+    made = [
+        synthetic_trace(
+            spec.routing,
+            tokens=tokens,
+            n_routed_experts=moe.n_routed_experts,
+            num_experts_per_tok=moe.num_experts_per_tok,
+            expert_devices=moe.expert_devices,
+            device_limit=moe.device_limit,
+            seed=seed,
+            steps=spec.routing_samples if moving else 1,
+        )
+        for seed in seeds
+    ]
+    return [ids[0] for trace in made for ids in trace.expert_ids]
 
 
 def _sample(spec: TrainingStep, moe: MoEConfig, cluster: Cluster, constants: Constants, where: Placement, ids: np.ndarray) -> Sample:

@@ -1,5 +1,7 @@
 """The Python door: `simulate(TrainingStep(...), trace)`."""
 
+from typing import Any
+
 from research.errors import ConfigError
 from research.routing_trace import RoutingTrace
 from sims.cluster import load_cluster
@@ -51,8 +53,11 @@ def _warnings(spec: TrainingStep, cluster: str, held: Memory) -> list[str]:
             f"memory: stage {held.stage} needs {held.total / 1e9:.1f} GB per GPU, there are {held.available / 1e9:.0f}: "
             "more nodes, recompute=full or fewer layers per stage"
         )
-    query: dict[str, object] = {"cluster": cluster}
+    query: dict[str, Any] = {"cluster": cluster}
     if spec.experts_over > 1:
         on = spec.experts_over if spec.placement == "spread" else -(-spec.experts_over // spec.gpus_per_node)
         query |= {"nodes": on, "tokens_per_device": spec.tokens, "hidden_size": spec.model.hidden_size}
+        query |= {"sms": spec.communication_sms} if spec.communication_sms is not None else {}
+    if spec.model.moe is not None and spec.experts_over > 1:
+        query["num_experts_per_tok"] = spec.model.moe.num_experts_per_tok
     return found + outside(query)

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from research.config import ModelConfig
 from research.presets import deepseek_v2
+from sims.routing import FAMILIES
 from sims.training.schedules import Schedule
 
 Recompute = Literal["none", "partial", "full"]
@@ -20,14 +21,14 @@ class TrainingStep:
     """A step of `batch_size` sequences on nodes x gpus_per_node GPUs = pipeline x tensor x data parallel.
 
     Expert-parallel groups lie inside the data-parallel ones.  Defaults are DeepSeek-V2's published set-up (V2 section 3.1.3) on
-    128 GPUs; how many it was trained on is not published.
+    1,024 GPUs; on how many it was trained, and whether the 8 GPUs of a layer share a node, is not published.
     """
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     model: ModelConfig = field(default_factory=deepseek_v2)
     cluster: str = "h800"
-    nodes: int = 16
+    nodes: int = 128
     gpus_per_node: int = 8
     pipeline_parallel: int | None = None
     """Stages; None: as many as fit, 16 at most."""
@@ -57,7 +58,7 @@ class TrainingStep:
     gradient_overlap: bool = True
     """Gradients are reduced during the backward pass of the last microbatch."""
     routing: str = "balanced"
-    """`balanced` or a synthetic family; a trace of a trained model overrules it."""
+    """A family of `sims.routing`; a trace of a trained model overrules it."""
     routing_samples: int = 4
     """Different routings that microbatches and layers take turns in."""
     speed: dict[int, float] = field(default_factory=dict)
@@ -83,6 +84,7 @@ class TrainingStep:
         _require(0 <= self.jitter < 1, f"jitter={self.jitter} must lie in 0..1")
         _require(self.jitter == 0 or self.tier == "event", f"jitter={self.jitter} needs tier=event")
         _require(self.placement in ("packed", "spread"), f"placement={self.placement!r} must be packed or spread")
+        _require(self.routing in FAMILIES, f"routing={self.routing!r} must be one of {', '.join(FAMILIES)}")
         for gpu, factor in self.speed.items():
             _require(0 <= gpu < self.gpus, f"speed.{gpu}={factor}: there is no such GPU; valid: 0 to {self.gpus - 1}")
             _require(factor > 0, f"speed.{gpu}={factor} must be > 0")
