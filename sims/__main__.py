@@ -4,6 +4,7 @@ import sys
 
 from research.errors import UserError
 <<<<<<< HEAD
+<<<<<<< HEAD
 from sims.commands import all_to_all, app, calibrate, explain, faults, serving, sweep, training_step, validate
 
 __all__ = ["all_to_all", "app", "calibrate", "explain", "faults", "serving", "sweep", "training_step", "validate"]
@@ -12,6 +13,11 @@ from sims.commands import all_to_all, app, calibrate, sweep, training_step
 
 __all__ = ["all_to_all", "app", "calibrate", "sweep", "training_step"]
 >>>>>>> h-H2
+=======
+from sims.commands import all_to_all, app, calibrate, faults, serving, sweep, training_step
+
+__all__ = ["all_to_all", "app", "calibrate", "faults", "serving", "sweep", "training_step"]
+>>>>>>> h-H3
 
 
 def main() -> None:

@@ -7,14 +7,14 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from research.configfile import apply_overrides, validate
+from research.configfile import validate
 from research.errors import ConfigError
 from research.routing_trace import RoutingTrace
 from research.terminal import console
 from sims.commands import app
 from sims.faults import Goodput, GoodputResult, SlowLayers, SlowResult, Wait, simulate_goodput, simulate_layers
 from sims.faults.attribution import culprits
-from sims.serving.spec import model_config, model_mapping
+from sims.serving.spec import model_config, model_mapping, overridden
 
 faults_app = typer.Typer(no_args_is_help=True, add_completion=False, help="Slow GPUs, degraded links, lost nodes: what they cost and who waits.")
 app.add_typer(faults_app, name="faults")
@@ -53,7 +53,7 @@ def goodput_command(
         "intervals": interval or [],
         "seed": seed,
     }
-    result = simulate_goodput(validate(Goodput, apply_overrides(mapping, overrides or []), "faults goodput"))
+    result = simulate_goodput(validate(Goodput, overridden(mapping, overrides or [], Goodput, "faults goodput"), "faults goodput"))
     if as_json:
         print(json.dumps(result.to_dict()))
         return
@@ -92,7 +92,7 @@ def waits_command(
         "nvlink": _factors("--nvlink", nvlink),
         "seed": seed,
     }
-    values = apply_overrides(mapping, overrides or [])
+    values = overridden(mapping, overrides or [], SlowLayers, "faults waits")
     spec = validate(SlowLayers, {**values, "model": model_config(values["model"], "faults waits")}, "faults waits")
     result = simulate_layers(spec, RoutingTrace.load(trace) if trace else None)
     if as_json:

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from research.configfile import apply_overrides
 from research.routing_trace import RoutingTrace
 from research.terminal import console
 from sims.commands import app
@@ -16,7 +15,7 @@ from sims.commands.outputs import FigureOut, Outputs, Parquet, TraceOut, say
 from sims.quantiles import Quantiles
 from sims.serving import Serving, ServingResult, generation_ratio, serving, simulate_serving
 from sims.serving.comparison import Comparison
-from sims.serving.spec import model_mapping
+from sims.serving.spec import model_mapping, overridden
 
 FIELDS = ", ".join(name for name in Serving.__dataclass_fields__ if name not in ("model", "lengths"))
 
@@ -45,8 +44,8 @@ OPTIONS = (
     Examples: python -m sims serving --model deepseek-v2 --cluster h800 --weight-bits 8 --kv-bits 6
     / python -m sims serving --model deepseek-67b --rate 5 --requests 500 --json / python -m sims serving --ratio
 
-    Fields for --set: {FIELDS}; lengths.kind, .prompt, .output, .prompt_sigma, .output_sigma, .maximum, .path; and model.*, such as
-    model.moe.device_limit=2.""",
+    Fields for --set: {FIELDS}; lengths.kind, .prompt, .output, .prompt_sigma, .output_sigma, .maximum, .path; and the model's own,
+    such as model.num_hidden_layers=30 or n_routed_experts=64 (model.moe.n_routed_experts).""",
 )
 def serving_command(
     model: Annotated[str, typer.Option(help="A preset (python -m research presets) or a YAML file of a model or run")] = "deepseek-v2",
@@ -77,10 +76,33 @@ def serving_command(
     if ratio:
         _print_ratio(generation_ratio(), as_json)
         return
+<<<<<<< HEAD
     outputs = Outputs(parquet=parquet, trace_out=trace_out, figure=figure)
     spec, found = question_of(locals())
     result = simulate_serving(spec, found)
     written = outputs.write(result, spec)
+=======
+    kind: dict[str, Any] = {"kind": lengths} if lengths in ("fixed", "log-normal") else {"kind": "file", "path": lengths}
+    mapping = {
+        "model": model_mapping(model),
+        "cluster": cluster,
+        "nodes": nodes,
+        "gpus_per_node": gpus_per_node,
+        "tensor_parallel": tensor_parallel,
+        "weight_bits": weight_bits,
+        "kv_bits": kv_bits,
+        "compute_bits": compute_bits,
+        "lengths": {**kind, "prompt": prompt, "output": output},
+        "rate": rate,
+        "clients": clients,
+        "requests": requests,
+        "max_batch": max_batch,
+        "routing": routing,
+        "seed": seed,
+    }
+    spec = serving(overridden(mapping, overrides or [], Serving))
+    result = simulate_serving(spec, RoutingTrace.load(trace) if trace else None)
+>>>>>>> h-H3
     if as_json:
         print(json.dumps(result.to_dict()))
         return

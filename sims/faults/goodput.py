@@ -5,7 +5,7 @@ the last checkpoint that is safe on the disk is lost, a spare takes the node's p
 during which nodes fail as well.  One SimPy event per failure: whole periods of work and checkpoint between two failures are counted.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -25,6 +25,9 @@ from sims.simulation import simulate
 RELIABILITY = Path(__file__).with_name("reliability.yaml")
 GRID = tuple(2.0 ** (i / 2) for i in range(-6, 7))
 """Intervals that are tried, as multiples of Daly's."""
+
+
+Events = Generator[simpy.Event, Any, None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -249,12 +252,12 @@ def _run(setting: Setting, interval: float, seed: tuple[int, int]) -> Outcome:
     environment, random, outcome = simpy.Environment(), np.random.default_rng(seed), Outcome()
     spares = None if setting.spares is None else simpy.Container(environment, init=setting.spares)
 
-    def repair() -> Iterator[Any]:
+    def repair() -> Events:
         yield environment.timeout(setting.repair)
         assert spares is not None
         yield spares.put(1)
 
-    def replace_node() -> Iterator[Any]:
+    def replace_node() -> Events:
         """After a failure: a spare, then the restart, until one is not interrupted."""
         while True:
             outcome.failures += 1
@@ -269,7 +272,7 @@ def _run(setting: Setting, interval: float, seed: tuple[int, int]) -> Outcome:
             if until >= setting.restart:
                 return
 
-    def train() -> Iterator[Any]:
+    def train() -> Events:
         period = interval + setting.stall
         while (left := setting.work - outcome.work) > 1e-6:
             until = float(random.exponential(setting.mtbf))

@@ -30,13 +30,15 @@ Operations = Callable[[Work], list[Operation]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
-    """One operation of a step, all layers that have it together: FLOPs and bytes for one of each of VARIABLES, float64 (V,)."""
+    """One operation of a step, all layers that have it together: FLOPs, bytes and (of these) bytes of a product's result for one
+    of each of VARIABLES, float64 (V,)."""
 
     name: str
     part: str
     kind: str
     flops: np.ndarray
     bytes: np.ndarray
+    written: np.ndarray
     compute_bits: int
 
     @property
@@ -98,7 +100,7 @@ def _attention(model: ModelConfig, base: Work, split: Layout) -> list[Line]:
             read = a.num_attention_heads / split.tensor_parallel * width * 2.0
             if a.kind != "mla":
                 read = a.key_value_heads / min(split.tensor_parallel, a.key_value_heads) * width * base.kv_bytes
-            terms["cached"] = (0.0, read)
+            terms["cached"] = (0.0, read, 0.0)
         found.append(_line(replace(operation, name="prompt attention") if operation.kind == "attention" else operation, layers, terms))
     return found
 
@@ -125,22 +127,22 @@ def _experts(model: ModelConfig, base: Work, layers: int) -> list[Line]:
     return found
 
 
-Term = tuple[float, float]
-"""FLOPs and bytes."""
+Term = tuple[float, float, float]
+"""FLOPs, bytes, and bytes of a result that is written behind a product."""
 
 
 def _minus(one: Operation, other: Operation) -> Term:
-    return one.flops - other.flops, one.bytes - other.bytes
+    return one.flops - other.flops, one.bytes - other.bytes, one.written - other.written
 
 
 def _probe(operations: Operations, base: Work) -> dict[str, tuple[Operation, Term, Term, Term]]:
     """By name: what is there without tokens, for each token, and for each position that a token attends to."""
     none, one, far = (operations(replace(base, tokens=tokens, context=context)) for tokens, context in ((0.0, 0.0), (1.0, 0.0), (1.0, 1.0)))
-    return {o.name: (o, (o.flops, o.bytes), _minus(one[i], o), _minus(far[i], one[i])) for i, o in enumerate(none)}
+    return {o.name: (o, (o.flops, o.bytes, o.written), _minus(one[i], o), _minus(far[i], one[i])) for i, o in enumerate(none)}
 
 
 def _line(operation: Operation, layers: int, terms: Mapping[str, Term], part: str | None = None) -> Line:
-    flops, moved = (np.array([layers * terms.get(name, (0.0, 0.0))[i] for name in VARIABLES]) for i in (0, 1))
+    flops, moved, written = (np.array([layers * terms.get(name, (0.0, 0.0, 0.0))[i] for name in VARIABLES]) for i in range(3))
     parts = {"attention": "attention", "dense_gemm": "dense products", "grouped_gemm": "experts", "memory": "memory traffic"}
     return Line(
         name=operation.name,
@@ -148,6 +150,7 @@ def _line(operation: Operation, layers: int, terms: Mapping[str, Term], part: st
         kind=operation.kind,
         flops=flops,
         bytes=moved,
+        written=written,
         compute_bits=operation.compute_bits,
     )
 
@@ -191,6 +194,8 @@ class Cost:
         # At the best estimate: seconds of each line for one of each variable, float64 (lines, VARIABLES).
         self.best_flops = np.array([line.flops * each[0] for line, each in zip(self.lines, self.flop_seconds, strict=True)])
         self.best_bytes = np.array([line.bytes * self.byte_seconds[0] for line in self.lines])
+        self.exposed = constants["exposed_write"]
+        self.best_written = np.array([line.written * self.byte_seconds[0] for line in self.lines])
         self.grouped = np.array([line.kind == "grouped_gemm" for line in self.lines])
         self.apart = np.array([not line.shared for line in self.lines])
         self.moe_layers = len(model.moe_layers)
@@ -214,19 +219,21 @@ class Cost:
 
     def rank_seconds(self, rows: np.ndarray) -> np.ndarray:
         variables = self._variables(rows, None)
-        return np.maximum(variables @ self.best_flops[self.apart].T, variables @ self.best_bytes[self.apart].T).sum(1)
+        compute, moved, written = (variables @ best[self.apart].T for best in (self.best_flops, self.best_bytes, self.best_written))
+        return (np.maximum(compute, moved) + self.exposed[0] * np.minimum(compute, written)).sum(1)
 
     def step_seconds(self, row: np.ndarray) -> float:
         """As `price` at the best estimate, without the parts."""
         if self.spec.overlap:
-            return float(sum(self._parts(row[None], slice(0, 1))[0].values())[0, 0])
+            return float(sum(value[0, 0] for value in self._parts(row[None], slice(0, 1))[0].values()))
         rows = row[None]
         work = self.experts.at(rows[:, 5], slice(0, 1)) if self.experts else None
         variables = self._variables(rows, work)[0]
-        compute, moved = self.best_flops @ variables, self.best_bytes @ variables
+        compute, moved, written = (best @ variables for best in (self.best_flops, self.best_bytes, self.best_written))
         if work is not None:
             compute[self.grouped] *= 1 + self.half_tokens[0] / max(work.pairs[0] / max(work.experts[0], 1e-9), 1e-9)
-        return float(np.maximum(compute, moved).sum() + self._communication(rows, work, slice(0, 1))[0, 0] + self.host[0])
+        own = np.maximum(compute, moved) + self.exposed[0] * np.minimum(compute, written)
+        return float(own.sum() + self._communication(rows, work, slice(0, 1))[0, 0] + self.host[0])
 
     def part_seconds(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """PARTS to float64 (S,): events (S, COLUMNS) at the best estimate, each with all its steps."""
@@ -272,9 +279,10 @@ class Cost:
                 each = work.pairs / np.maximum(work.experts, 1e-9)
                 compute *= 1 + self.half_tokens[draws] / np.maximum(each, 1e-9)[:, None]
             moved = np.outer(variables @ line.bytes, self.byte_seconds[draws])
-            parts[line.part] += np.maximum(compute, moved)
+            behind = self.exposed[draws] * np.minimum(compute, np.outer(variables @ line.written, self.byte_seconds[draws]))
+            parts[line.part] += np.maximum(compute, moved) + behind
             resources["compute"] += np.where(compute >= moved, compute, 0.0)
-            resources["HBM bandwidth"] += np.where(compute < moved, moved, 0.0)
+            resources["HBM bandwidth"] += np.where(compute < moved, moved, 0.0) + behind
         parts["communication"] += self._communication(rows, work, draws)
         parts["host"] += self.host[draws]
         return parts, {**resources, "communication": parts["communication"], "host": parts["host"]}

@@ -8,7 +8,7 @@ composition, so that they can be priced again with other constants.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,6 +21,9 @@ COLUMNS = ("decode", "context", "prompt", "pairs", "cached", "tokens", "heads", 
 """A logged step: of its slowest rank the sequences that generate, the positions that they attend to, prompt tokens, (query, key) pairs
 of those and cached positions before them; then tokens of all ranks, tokens of that rank with logits, and how many such steps in a row
 (with the mean of the contexts)."""
+
+
+Events = Generator[simpy.Event, Any, None]
 
 
 class StepCost(Protocol):
@@ -48,7 +51,7 @@ class Scheduler:
     max_batched_tokens: int
     """Of one step, per rank: generated and prompt tokens together."""
     max_batch: int | None = None
-    """Sequences per rank; None: as many as the cache holds."""
+    """Sequences over all ranks; None: as many as the cache holds."""
     reserve: bool = False
     watermark: float = 0.01
     """Share of the blocks that is left free at an admission, so that the residents can grow."""
@@ -116,8 +119,9 @@ class Engine:
     def __init__(self, requests: Requests, scheduler: Scheduler, cost: StepCost, *, clients: int | None = None) -> None:
         count = len(requests)
         self.requests, self.scheduler, self.cost, self.clients = requests, scheduler, cost, clients
-        zeros = [np.zeros(count, np.int64) for _ in range(5)]
-        self.state = _State(zeros[0], requests.prompt.copy(), *zeros[1:], filling=[deque() for _ in range(scheduler.ranks)])
+        context, done, rank, blocks, order = (np.zeros(count, np.int64) for _ in range(5))
+        filling = [deque[int]() for _ in range(scheduler.ranks)]
+        self.state = _State(context, requests.prompt.copy(), done, rank, blocks, order, filling=filling)
         self.free = np.full(scheduler.ranks, scheduler.blocks, np.int64)
         self.residents = np.zeros(scheduler.ranks, np.int64)
         self.arrived, self.admissions, self.finished = 0, 0, 0
@@ -153,7 +157,7 @@ class Engine:
             sequence_seconds=self.sequence_seconds,
         )
 
-    def _arrivals(self) -> Iterator[Any]:
+    def _arrivals(self) -> Events:
         if self.clients is not None:
             self._arrive(min(self.clients, len(self.requests)))
             return
@@ -179,7 +183,7 @@ class Engine:
         self.sequence_seconds += self.in_system * (self.environment.now - self.changed)
         self.in_system, self.changed = self.in_system + change, self.environment.now
 
-    def _steps(self) -> Iterator[Any]:
+    def _steps(self) -> Events:
         while self.finished < len(self.requests):
             self._admit()
             if not self.residents.any():
@@ -210,8 +214,8 @@ class Engine:
             if scheduler.reserve:
                 length = self.requests.prompt[request] + self.requests.output[request]
             need = -(-int(length) // scheduler.block_tokens)
-            rank = int(np.argmax(self.free if scheduler.max_batch is None else np.where(self.residents < scheduler.max_batch, self.free, -1)))
-            full = scheduler.max_batch is not None and self.residents[rank] >= scheduler.max_batch
+            rank = int(np.argmax(self.free))
+            full = scheduler.max_batch is not None and self.residents.sum() >= scheduler.max_batch
             # An empty rank takes whatever fits at all.
             if full or self.free[rank] < need + (kept if self.residents[rank] and not scheduler.reserve else 0):
                 return

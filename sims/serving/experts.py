@@ -133,7 +133,8 @@ def model_trace(
     if trace is None:
         return synthetic_trace(
             routing,
-            tokens=tokens,
+            # As many for every expert: what is balanced is then so to the token.
+            tokens=max(tokens // moe.n_routed_experts, 1) * moe.n_routed_experts,
             n_routed_experts=moe.n_routed_experts,
             num_experts_per_tok=moe.num_experts_per_tok,
             expert_devices=moe.expert_devices,

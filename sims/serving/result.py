@@ -42,6 +42,8 @@ class Served:
     requests_per_second: Quantiles
     residents: float
     """Sequences at a time, mean over time."""
+    waiting: float
+    """Requests in the queue, mean over time."""
     rank_waiting_share: float
     """Share of a step's own work that the average rank waits for the slowest one."""
     cache_used: float

@@ -84,8 +84,8 @@ def simulate_serving(spec: Serving, trace: RoutingTrace | None = None) -> Servin
     full = saturated(average, host.cost, spec, most)
     gains = elasticities(average, host.room, host.cost, spec)
     log, served = _serve(host, requests, average)
-    offered = None if spec.rate is None else spec.rate
-    idle = offered is not None and served.requests_per_second.p50 >= 0.97 * offered and not log.waiting[-len(log.waiting) // 2 :].mean() > 1
+    # Whoever comes is let in at once: more of anything would not serve more.
+    idle = (spec.rate is not None or spec.clients is not None) and served.waiting <= max(1.0, 0.01 * served.residents) and served.residents < most
     return ServingResult(
         cluster=host.cluster.name,
         model=model_name(spec.model),
@@ -124,7 +124,7 @@ def _check_lengths(requests: Requests, host: Server) -> None:
 
 def _scheduler(host: Server) -> Scheduler:
     spec, split = host.spec, host.split
-    batch = None if spec.max_batch is None else max(1, spec.max_batch // (split.ranks * split.replicas))
+    batch = None if spec.max_batch is None else max(1, spec.max_batch // split.replicas)
     return Scheduler(
         ranks=split.ranks,
         blocks=host.room.tokens_per_rank // spec.block_tokens,
@@ -160,12 +160,16 @@ def _measure(host: Server, requests: Requests, runs: list[tuple[Log, np.ndarray]
     gathered = [_rates(host, requests, run, seconds, endless=endless) for run, seconds in runs]
 
     def over(name: str) -> Quantiles:
-        return Quantiles.of(np.concatenate([found[name] for found in gathered]))
+        values = np.concatenate([found[name] for found in gathered])
+        if len(runs) == 1:
+            return Quantiles.of(values)
+        low, middle, high = (float(np.sort(values)[i]) for i in (0, len(values) // 2, -1))
+        return Quantiles(p10=low, p50=middle, p90=high)
 
     def by_share(name: str) -> dict[str, Quantiles]:
         return {key: over(f"{name} {key}") for key in SHARES}
 
-    parts, start, stop = host.cost.price(log.rows), *_window(log, endless=endless or host.spec.clients is not None)
+    parts, start, stop = host.cost.price(log.rows), *_window(log)
     total = float(parts.seconds[:, 0].sum())
     inside = slice(start, stop)
     weight = log.seconds[inside]
@@ -174,13 +178,12 @@ def _measure(host: Server, requests: Requests, runs: list[tuple[Log, np.ndarray]
     return Served(
         requests=len(requests) * replicas,
         seconds=over("seconds"),
-        window="the whole run"
-        if whole
-        else f"the time from {log.start[start]:.1f} s to {log.start[stop - 1] + log.seconds[stop - 1]:.1f} s at the best estimate",
+        window="the whole run" if whole else f"{log.start[start]:.1f} to {log.start[stop - 1] + log.seconds[stop - 1]:.1f} s",
         generated_tokens_per_second=_scaled(over("generated"), scale),
         prompt_tokens_per_second=_scaled(over("prompt"), scale),
         requests_per_second=_scaled(over("requests"), scale),
         residents=float(np.average(log.residents[inside], weights=weight)) * replicas,
+        waiting=float(np.average(log.waiting[inside], weights=weight)) * replicas,
         rank_waiting_share=float(np.average(log.rank_waiting[inside], weights=weight)),
         cache_used=float(1 - np.average(log.free_blocks[inside], weights=weight) / _scheduler(host).blocks),
         steps=int(log.rows[:, 7].sum()),
@@ -198,11 +201,11 @@ def _scaled(quantiles: Quantiles, factor: float) -> Quantiles:
     return Quantiles(p10=quantiles.p10 * factor, p50=quantiles.p50 * factor, p90=quantiles.p90 * factor)
 
 
-def _window(log: Log, *, endless: bool) -> tuple[int, int]:
-    """Events [start, stop) without filling and draining: from a third of the requests done (a tenth with arrivals) to the last admission."""
+def _window(log: Log) -> tuple[int, int]:
+    """Events [start, stop) without filling and draining: from a third of the requests done to the last admission."""
     stop = int(log.admitted_event.max())
     ends = np.sort(log.last_event)
-    start = int(ends[len(ends) // (3 if endless else 10)])
+    start = int(ends[len(ends) // 3])
     enough = stop - start >= 10 and log.generated[start:stop].sum() >= 0.1 * log.generated.sum()
     return (start, stop) if enough else (0, len(log.seconds))
 
@@ -210,7 +213,7 @@ def _window(log: Log, *, endless: bool) -> tuple[int, int]:
 def _rates(host: Server, requests: Requests, log: Log, seconds: np.ndarray, *, endless: bool) -> dict[str, np.ndarray]:
     """Each float64 (draws,)."""
     closed = endless or host.spec.clients is not None
-    start, stop = _window(log, endless=closed)
+    start, stop = _window(log)
     if closed:
         begin = np.concatenate([np.zeros((1, seconds.shape[1])), np.cumsum(seconds, 0)])
         came = begin[log.admitted_event if endless else log.issued_event]
@@ -267,6 +270,11 @@ def _warnings(host: Server, served: Served, full: np.ndarray, average: Means) ->
         found.append(
             f"rate = {spec.rate:g} requests/s asks for {spec.rate * average.output:,.0f} tokens/s, saturation gives {full[0]:,.0f}: "
             "the queue grows as long as the run lasts, and latencies with it"
+        )
+    if spec.rate is not None and served.latency_seconds["p90"].p50 > served.seconds.p50 / 3:
+        found.append(
+            f"requests = {served.requests:,}: the run of {served.seconds.p50:,.0f} s is short against latencies (p90 of them "
+            f"{served.latency_seconds['p90'].p50:,.0f} s): the server is still filling up and rates are low"
         )
     if served.preemptions > 0.05 * served.requests:
         found.append(f"{served.preemptions:,} preemptions for {served.requests:,} requests: admission = reserve or max_batch would waste less")

@@ -1,12 +1,13 @@
 """The question: this model, with these requests, on these nodes."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from research.accounting import KV_BITS
-from research.config import ModelConfig
-from research.configfile import nearest, read_yaml, resolve_model, validate
+from research.config import ModelConfig, MoEConfig
+from research.configfile import apply_overrides, known_paths, nearest, read_yaml, resolve_model, validate
 from research.errors import ConfigError
 from research.presets import PRESETS, preset
 from sims.routing import Family
@@ -109,6 +110,33 @@ def serving(mapping: dict[str, Any], source: str = "serving") -> Serving:
     if problems:
         raise ConfigError(*problems)
     return spec
+
+
+def overridden(mapping: Mapping[str, Any], overrides: Iterable[str], cls: type, source: str = "serving") -> dict[str, Any]:
+    """Nested values with each `--set` laid over them: a field of the question (`rate=5`, `lengths.prompt=100`), of the model by its
+    path (`model.moe.device_limit=2`), or of its experts by name (`n_routed_experts=64`, `routing.device_limit=2`).
+
+    ConfigError for a name that is none, with the nearest that is.
+    """
+    known = {name.split(".")[0] for name in known_paths(cls)}
+    experts, given = MoEConfig.__dataclass_fields__, list[str]()
+    values = dict(mapping)
+    for override in overrides:
+        path, equals, value = override.partition("=")
+        name = path.strip()
+        plain = name.removeprefix("routing.").removeprefix("moe.")
+        if name == "model":
+            values["model"] = model_mapping(value.strip(), source)
+        elif not equals or name.split(".")[0] in known - {"routing"} or name == "routing":
+            given.append(override)
+        elif plain in known:
+            given.append(f"{plain}={value}")
+        elif plain in experts:
+            given.append(f"model.moe.{plain}={value}")
+        else:
+            choices = [*known_paths(cls), *experts, *(f"model.{each}" for each in known_paths(ModelConfig))]
+            raise ConfigError(f"{source}: --set {name} = {value!r}: unknown key{nearest(name, choices)}")
+    return apply_overrides(values, given)
 
 
 @dataclass(frozen=True)
