@@ -3,21 +3,9 @@
 import sys
 
 from research.errors import UserError
-<<<<<<< HEAD
-<<<<<<< HEAD
 from sims.commands import all_to_all, app, calibrate, explain, faults, serving, sweep, training_step, validate
 
 __all__ = ["all_to_all", "app", "calibrate", "explain", "faults", "serving", "sweep", "training_step", "validate"]
-=======
-from sims.commands import all_to_all, app, calibrate, sweep, training_step
-
-__all__ = ["all_to_all", "app", "calibrate", "sweep", "training_step"]
->>>>>>> h-H2
-=======
-from sims.commands import all_to_all, app, calibrate, faults, serving, sweep, training_step
-
-__all__ = ["all_to_all", "app", "calibrate", "faults", "serving", "sweep", "training_step"]
->>>>>>> h-H3
 
 
 def main() -> None:

@@ -82,22 +82,10 @@ def all_to_all(
     Times are P10, P50 and P90 of isolated transmit time with its latency; notify, the exchange of counts, stands beside them.
     Every option is also a field for --set (n_routed_experts, num_experts_per_tok, ... as in a model's configuration).
     """
-<<<<<<< HEAD
     outputs = Outputs(parquet=parquet, trace_out=trace_out, heatmap=heatmap, figure=figure)
     spec, found = question_of(locals())
     result: Result = simulate(spec, found)
     written = outputs.write(result, spec)
-=======
-    options = {
-        "cluster": cluster, "nodes": nodes, "gpus_per_node": gpus_per_node, "expert_parallel": expert_parallel,
-        "tokens_per_device": tokens_per_device, "hidden_size": hidden_size, "n_routed_experts": experts, "num_experts_per_tok": top_k,
-        "device_limit": device_limit, "expert_devices": expert_devices, "node_limit": node_limit, "node_score": node_score,
-        "dispatch_bits": dispatch_bits, "combine_bits": combine_bits, "sms": sms, "routing": routing, "dedup": dedup, "network": network,
-        "oversubscription": oversubscription, "seed": seed,
-    }  # fmt: skip
-    spec, asked = question.question(options, model, placement, overrides)
-    result: Result = simulate(*question.routed(spec, trace, asked, model))
->>>>>>> h-H1
     if as_json:
         print(json.dumps(result.to_dict()))
         return
@@ -109,7 +97,7 @@ def question_of(given: Mapping[str, Any]) -> tuple[AllToAll, RoutingTrace | None
     """The question of the command's parameters, by their names, and the trace to route by."""
     options = {name: given[name] for name in OPTIONS} | {"n_routed_experts": given["experts"], "num_experts_per_tok": given["top_k"]}
     spec, asked = question.question(options, given["model"], given["placement"], given["overrides"])
-    return spec, question.routed(spec, given["trace"], asked)
+    return question.routed(spec, given["trace"], asked, given["model"])
 
 
 def microseconds(time: Quantiles) -> str:

@@ -76,33 +76,10 @@ def serving_command(
     if ratio:
         _print_ratio(generation_ratio(), as_json)
         return
-<<<<<<< HEAD
     outputs = Outputs(parquet=parquet, trace_out=trace_out, figure=figure)
     spec, found = question_of(locals())
     result = simulate_serving(spec, found)
     written = outputs.write(result, spec)
-=======
-    kind: dict[str, Any] = {"kind": lengths} if lengths in ("fixed", "log-normal") else {"kind": "file", "path": lengths}
-    mapping = {
-        "model": model_mapping(model),
-        "cluster": cluster,
-        "nodes": nodes,
-        "gpus_per_node": gpus_per_node,
-        "tensor_parallel": tensor_parallel,
-        "weight_bits": weight_bits,
-        "kv_bits": kv_bits,
-        "compute_bits": compute_bits,
-        "lengths": {**kind, "prompt": prompt, "output": output},
-        "rate": rate,
-        "clients": clients,
-        "requests": requests,
-        "max_batch": max_batch,
-        "routing": routing,
-        "seed": seed,
-    }
-    spec = serving(overridden(mapping, overrides or [], Serving))
-    result = simulate_serving(spec, RoutingTrace.load(trace) if trace else None)
->>>>>>> h-H3
     if as_json:
         print(json.dumps(result.to_dict()))
         return
@@ -118,7 +95,7 @@ def question_of(given: Mapping[str, Any]) -> tuple[Serving, RoutingTrace | None]
         "model": model_mapping(given["model"]),
         "lengths": {**kind, "prompt": given["prompt"], "output": given["output"]},
     }
-    spec = serving(apply_overrides(mapping, given["overrides"] or []))
+    spec = serving(overridden(mapping, given["overrides"] or [], Serving))
     return spec, RoutingTrace.load(given["trace"]) if given["trace"] is not None else None
 
 
