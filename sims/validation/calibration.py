@@ -9,10 +9,10 @@ import numpy as np
 from sims.calibrate import FITTED, Case, cases
 from sims.collective import collective_seconds
 from sims.constants import load_constants
-from sims.formulas import FORMULAS
+from sims.formulas import FORMULAS, formulas
 from sims.outputs.figures import svg_bytes
 from sims.quantiles import Quantiles
-from sims.simulation import simulate
+from sims.traffic import payload_bytes
 from sims.validation.comparison import Comparison, mean_absolute_errors
 from sims.validation.document import Figure, Section, band, inside, signed, table
 from sims.validation.pictures import errors_figure
@@ -27,14 +27,22 @@ def comparisons() -> list[Comparison]:
 
 def _comparison(case: Case) -> Comparison:
     constants = load_constants(case.cluster)
-    theirs = simulate(case.spec).formulas
-    point = case.point
+    point, spec = case.point, case.spec
+    theirs = formulas(
+        case.cluster,
+        nodes=spec.nodes,
+        gpus_per_node=spec.gpus_per_node,
+        tokens=spec.tokens_per_device,
+        chosen=spec.num_experts_per_tok,
+        dispatch_bytes=payload_bytes(spec.hidden_size, spec.dispatch_bits),
+        combine_bytes=payload_bytes(spec.hidden_size, spec.combine_bits),
+    )
     return Comparison(
         group=f"all-to-all, {point.direction}",
         name=point.name,
         unit="us",
         value=case.seconds * MICRO,
-        ours=Quantiles.of(collective_seconds(case.traffic, case.cluster, constants, sms=case.spec.sms) * MICRO),
+        ours=Quantiles.of(collective_seconds(case.traffic, case.cluster, constants, sms=spec.sms) * MICRO),
         kind="fitted",
         baselines={name: seconds[f"{point.direction}_seconds"] * MICRO for name, seconds in theirs.items()},
         source=point.source,

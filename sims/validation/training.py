@@ -1,5 +1,7 @@
 """DeepSeek-V2's training cost, predicted from DeepSeek 67B's alone."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from research import accounting
@@ -69,10 +71,8 @@ def training_section(rows: list[Comparison], steps: dict[str, StepResult]) -> Se
         )  # fmt: skip
     over = []
     for nodes in NODES:
-        found = [
-            Quantiles.of(simulate(TrainingStep(nodes=nodes, placement=placement)).gpu_hours_per_trillion_tokens / 1e3) for placement in PLACEMENTS
-        ]
-        over.append([f"{nodes} x 8", *(band(each) for each in found)])
+        found = [step if nodes == step.spec.nodes else simulate(replace(step.spec, nodes=nodes)) for step in steps.values()]
+        over.append([f"{nodes} x 8", *(band(Quantiles.of(each.gpu_hours_per_trillion_tokens / 1e3)) for each in found)])
     blocks = [
         "The efficiency of dense products is fitted on DeepSeek 67B's 300.6K GPU-hours alone, together with what that one number leaves open; "
         "nothing was "
