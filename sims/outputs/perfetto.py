@@ -94,9 +94,10 @@ def _arrows(phases: Sequence[Phase], slices: Sequence[Event]) -> Iterator[Event]
     """
     ends: dict[tuple[int, int, int, str], dict[str, dict[float, int]]] = defaultdict(lambda: {"dispatch": {}, "combine": {}})
     for index, phase in enumerate(phases):
-        if phase.name in ("dispatch", "combine"):
+        move = phase.name.removesuffix(" backward")
+        if move in ("dispatch", "combine"):
             # Phases come in order of (start, end): the last of one start is the longest.
-            ends[phase.gpu, phase.layer, phase.microbatch, phase.direction][phase.name][phase.start_seconds] = index
+            ends[phase.gpu, phase.layer, phase.microbatch, phase.direction][move][phase.start_seconds] = index
     count = 0
     for pair in ends.values():
         for there, back in zip(pair["dispatch"].values(), pair["combine"].values(), strict=False):
