@@ -32,7 +32,7 @@ def validate(
     values = json.dumps(as_values(rows), indent=1) + "\n"
     files = document.files() | {"comparisons.json": values.encode()}
     if check:
-        _compare(out, files)
+        compare(out, files)
     else:
         for name, data in files.items():
             write_bytes(out / name, data)
@@ -44,7 +44,8 @@ def validate(
         print(f"{out / 'validation.md'}\n{out / 'validation.html'}")
 
 
-def _compare(out: Path, files: dict[str, bytes]) -> None:
+def compare(out: Path, files: dict[str, bytes]) -> None:
+    """ConfigError that names every file that is missing or holds other bytes."""
     differing = [name for name, data in files.items() if not (out / name).is_file() or (out / name).read_bytes() != data]
     if differing:
         raise ConfigError(*(f"--check {out / name}: is not what `python -m sims validate` writes; run it and commit" for name in differing))

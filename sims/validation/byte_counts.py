@@ -115,7 +115,7 @@ def ratio_section() -> Section:
         traffic = expert_parallel_traffic(nodes)
         gpus = 8 * nodes
         per_token = [matrix.sum() / (gpus * TOKENS) / traffic.bytes_per_token for matrix in (traffic.nvlink, traffic.infiniband)]
-        exact = _expected_copies(nodes)
+        exact = expected_copies(nodes)
         ratios[nodes] = per_token[0] / per_token[1]
         binds = "NVLink" if ratios[nodes] > ratio else "InfiniBand"
         rows.append(
@@ -139,7 +139,7 @@ def ratio_section() -> Section:
     return Section(title="NVLink bytes to InfiniBand bytes", blocks=blocks, figures=[figure])
 
 
-def _expected_copies(nodes: int, experts: int = 256, chosen: int = 8) -> tuple[float, float]:
+def expected_copies(nodes: int, experts: int = 256, chosen: int = 8) -> tuple[float, float]:
     """Copies per token over NVLink and InfiniBand in closed form: a copy for every device but the entry of each node."""
     devices, reached = expected_devices(experts, chosen, 8 * nodes), expected_devices(experts, chosen, nodes)
     # At home the entry is the token's own GPU, in another node that of its rail: a device like any other, needed with equal chance.
@@ -155,7 +155,7 @@ def _implied(known: dict[str, Published]) -> list[str]:
         ("deepep_ep32_dispatch", 4, 8, "EP32 dispatch"),
     ):
         size = payload_bytes(7168, hidden_bits)
-        nvlink, infiniband = _expected_copies(nodes)
+        nvlink, infiniband = expected_copies(nodes)
         logical = expected_devices(256, 8, nodes) * size * 4096
         seconds = logical / (known[key].value * 1e9)
         rates = [copies * size * 4096 / seconds / 1e9 for copies in (nvlink, infiniband)]

@@ -71,5 +71,13 @@ def _sources(rows: Sequence[Comparison]) -> Section:
 
 
 def as_values(rows: Sequence[Comparison]) -> list[dict[str, Any]]:
-    """Plain values for JSON."""
-    return [row.to_dict() for row in rows]
+    """Plain values for JSON, to seven digits: more would differ between machines."""
+    return [_rounded(row.to_dict()) for row in rows]
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.7g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return value
