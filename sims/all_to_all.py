@@ -4,7 +4,7 @@ T1, the same in events, is `sims.events`; T2, several collectives on shared link
 """
 
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,19 +17,16 @@ from sims.constants import Constants, load_constants, outside
 from sims.events import play, step
 from sims.formulas import formulas
 from sims.placement import NAMES, Placement, place
+from sims.pool import dealt, routed, step_of, tokens_of
 from sims.quantiles import Quantiles
 from sims.result import Move, Result
-from sims.routing import FAMILIES, NodeScore, reroute, synthetic_trace
+from sims.routing import FAMILIES, NodeScore
 from sims.simulation import simulate
 from sims.timeline import Timeline
 from sims.traffic import Dedup, Traffic, needed_devices, payload_bytes, traffic_of
 
 __all__ = ["AllToAll", "Plan", "collective_seconds", "plan", "simulate", "streams"]
 
-POOL = 16384
-"""Tokens that are routed; a larger group draws its tokens from these."""
-STRIDE = 7919
-"""A prime: it walks through all layers and domains of a trace, so that every GPU sees the same kind of text."""
 BITS = (8, 16, 32)
 
 
@@ -188,9 +185,9 @@ def plan(spec: AllToAll, trace: RoutingTrace | None = None) -> Plan:
     if trace is not None:
         said = ((name, getattr(trace, name), getattr(spec, name)) for name in ("n_routed_experts", "num_experts_per_tok", "expert_devices"))
         warnings += [f"{name} = {asked}: the trace's {own} hold" for name, own, asked in said if own != asked]
-    trace = _routed(spec, where, trace)
-    ids = trace.expert_ids[_step(spec, trace)].reshape(-1, trace.num_experts_per_tok)
-    counts, used = _dealt(_tokens(spec, devices), len(ids), spec.routing == "balanced")
+    trace = routed(spec, where, trace)
+    ids = trace.expert_ids[step_of(spec, trace)].reshape(-1, trace.num_experts_per_tok)
+    counts, used = dealt(tokens_of(spec, devices), len(ids), spec.routing == "balanced")
     ids = ids[used] if len(used) < len(ids) else ids
     needed = needed_devices(ids, where.expert_device, devices)
     chosen = None
@@ -231,7 +228,7 @@ def answer(planned: Plan, constants: Constants) -> Result:
     }
     load, tokens, size = planned.copies, float(planned.counts.sum(dtype=np.float64)), planned.dispatch.bytes_per_token
     per_device = trace.n_routed_experts // trace.expert_devices
-    ids = trace.expert_ids[_step(spec, trace)].reshape(-1, trace.num_experts_per_tok)
+    ids = trace.expert_ids[step_of(spec, trace)].reshape(-1, trace.num_experts_per_tok)
     return Result(
         cluster=cluster.name,
         nodes=spec.nodes,
@@ -328,85 +325,6 @@ def _group(spec: AllToAll, experts: int) -> tuple[int, list[str]]:
     size = max(even or sizes)
     return size, [f"nodes = {spec.nodes} x gpus_per_node = {spec.gpus_per_node}: {gpus} GPUs for {experts} experts are {gpus // size} "
                   f"expert-parallel groups of {size} GPUs; set expert_parallel to choose otherwise"]  # fmt: skip
-
-
-def _routed(spec: AllToAll, where: Placement, trace: RoutingTrace | None) -> RoutingTrace:
-    """The trace as it is, re-routed where a limit in nodes is asked for, or one made up."""
-    groups = where.nodes if spec.node_limit is not None and spec.node_limit < where.nodes else 1
-    experts = trace.n_routed_experts if trace is not None else spec.n_routed_experts
-    chosen = trace.num_experts_per_tok if trace is not None else spec.num_experts_per_tok
-    if groups > 1:
-        _check_node_limit(spec, where, experts, chosen)
-    if trace is not None:
-        if groups == 1:
-            return trace
-        return reroute(trace, trace.device_limit, node_groups=groups, node_limit=spec.node_limit, node_score=spec.node_score)
-    tokens = min(POOL, where.devices * spec.tokens_per_device)
-    if spec.routing == "balanced":
-        tokens = _whole_orbits(where.devices * spec.tokens_per_device, experts)
-    return synthetic_trace(
-        spec.routing,
-        tokens=tokens,
-        n_routed_experts=experts,
-        num_experts_per_tok=chosen,
-        expert_devices=spec.expert_devices,
-        device_limit=spec.device_limit,
-        seed=spec.seed,
-        node_groups=groups,
-        node_limit=spec.node_limit if groups > 1 else None,
-        node_score=spec.node_score,
-    )
-
-
-def _whole_orbits(tokens: int, experts: int) -> int:
-    """Tokens of a balanced pool: whole orbits, which the group's tokens go through a whole number of times where that can be."""
-    most = max(1, 2 * POOL // experts)
-    heads = next((h for h in range(most, 0, -1) if tokens % (h * experts) == 0), most)
-    return experts * (heads if heads >= FEWEST_HEADS or tokens < FEWEST_HEADS * experts else most)
-
-
-FEWEST_HEADS = 16
-"""Orbits of a balanced pool; with fewer, chance in the tokens that head them shows."""
-
-
-def _check_node_limit(spec: AllToAll, where: Placement, experts: int, chosen: int) -> None:
-    """The rule's groups must be the nodes: equal runs of experts, each on one node."""
-    node = where.node_index()[where.expert_device]
-    if experts % where.nodes or (node != np.arange(experts) // (experts // where.nodes)).any():
-        raise ConfigError(
-            f"node_limit = {spec.node_limit}: needs the experts in equal runs on the {where.nodes} nodes of the group, which this placement does "
-            "not give; use placement = packed, or limit devices (device_limit)"
-        )
-    limit = spec.node_limit or where.nodes
-    if chosen > limit * (experts // where.nodes):
-        raise ConfigError(f"node_limit = {limit}: {chosen} experts per token do not fit on {limit} nodes of {experts // where.nodes} experts")
-
-
-def _step(spec: AllToAll, trace: RoutingTrace) -> int:
-    steps = len(trace.steps)
-    if not -steps <= spec.step < steps:
-        raise ConfigError(f"step = {spec.step}: the trace has {steps} snapshots; valid: {-steps} to {steps - 1}")
-    return spec.step
-
-
-@lru_cache(maxsize=8)
-def _dealt(each: tuple[int, ...], pool: int, contiguous: bool) -> tuple[np.ndarray, np.ndarray]:
-    """GPU s has each[s] tokens: float32 (G, U), how often it has each used token of the pool, and int64 (U,), which ones those are."""
-    total = sum(each)
-    drawn = (np.arange(total) if contiguous else np.arange(total) * STRIDE) % pool
-    seen = np.zeros(pool, bool)
-    seen[drawn] = True
-    used = np.flatnonzero(seen)
-    index = drawn if len(used) == pool else (np.cumsum(seen) - 1)[drawn]
-    counts = np.bincount(np.repeat(np.arange(len(each)) * len(used), each) + index, minlength=len(each) * len(used))
-    return counts.reshape(len(each), len(used)).astype(np.float32), used
-
-
-def _tokens(spec: AllToAll, devices: int) -> tuple[int, ...]:
-    """Tokens of each GPU: as many on all, or for `ragged` from half to one and a half times as many."""
-    if spec.routing != "ragged" or devices == 1:
-        return (spec.tokens_per_device,) * devices
-    return tuple(int(n) for n in np.maximum(1, np.rint(spec.tokens_per_device * np.linspace(0.5, 1.5, devices))))
 
 
 def timeline(planned: Plan, constants: Constants, sms: float) -> Timeline:

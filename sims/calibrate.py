@@ -8,6 +8,7 @@ a linear model these are exact draws of the posterior): a constant that no point
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -69,6 +70,7 @@ class Case:
     seconds: float
 
 
+@cache
 def cases(path: Path = POINTS) -> list[Case]:
     """All points of the file; ConfigError names path and value."""
     mapping = read_yaml(path)
@@ -136,6 +138,7 @@ def _prior() -> tuple[np.ndarray, np.ndarray]:
     return np.log([known[name].best for name in FREE]), np.array([known[name].log_spread for name in FREE])
 
 
+@cache
 def calibrate(draws: int = DRAWS) -> dict[str, Any]:
     """Fit, residuals, leave-one-out errors, identifiability and draws: what is written to `fitted.json`."""
     found = cases()

@@ -1,7 +1,7 @@
 """T2: collectives that share links, by max-min fair shares (progressive filling) over each GPU's links.
 
-A kernel's channels go through all destinations together, so flows are weighted by what they still have to send: one collective
-alone then takes exactly its busiest link's time, which is the closed form's bound, and a collective beside others takes longer.
+A kernel's channels go through all destinations together, so a collective's flows are weighted by their sizes, and collectives
+among each other alike: one alone takes exactly its busiest link's time, the closed form's bound; beside others it takes longer.
 Shares are taken anew whenever flows start or end; ends within a hundredth of what remains are taken together.
 """
 
@@ -50,7 +50,7 @@ def stretch(collectives: Sequence[Traffic], cluster: Cluster, constants: Constan
         if len(_cache) >= CACHED:
             _cache.pop(next(iter(_cache)))
         alone = np.array([max((float(s.max(initial=0)) for m in pair for s in (m.sum(0), m.sum(1))), default=0.0) for pair in busy])
-        ends = _ends(busy, begin)
+        ends = _ends(busy, begin, alone)
         _cache[key] = np.maximum(1.0, np.divide(ends - begin, alone, out=np.ones(len(alone)), where=alone > 0))
     return _cache[key]
 
@@ -65,8 +65,8 @@ def _seconds(traffic: Traffic, cluster: Cluster, constants: Constants) -> tuple[
     return pairs[0], pairs[1]
 
 
-def _ends(busy: Sequence[tuple[np.ndarray, np.ndarray]], begin: np.ndarray) -> np.ndarray:
-    """When each collective's last flow ends."""
+def _ends(busy: Sequence[tuple[np.ndarray, np.ndarray]], begin: np.ndarray, alone: np.ndarray) -> np.ndarray:
+    """When each collective's last flow ends, `alone` being what it takes by itself."""
     gpus = len(busy[0][0])
     owner, out, into, size = [], [], [], []
     for index, pair in enumerate(busy):
@@ -78,7 +78,7 @@ def _ends(busy: Sequence[tuple[np.ndarray, np.ndarray]], begin: np.ndarray) -> n
             size.append(matrix[source, destination])
     which, links, left = np.concatenate(owner), (np.concatenate(out), np.concatenate(into)), np.concatenate(size)
     ends, now = begin.copy(), float(begin.min(initial=0.0))
-    weight = left.copy()
+    weight = left / alone[which]
     while (left > 0).any():
         active = (left > 0) & (begin[which] <= now)
         later = begin[begin > now]
@@ -94,7 +94,6 @@ def _ends(busy: Sequence[tuple[np.ndarray, np.ndarray]], begin: np.ndarray) -> n
         done = active & (over <= ahead * (1 + 1e-12))
         np.maximum.at(ends, which[done], now + over[done])
         left = np.where(done, 0.0, np.where(active, left - rate * ahead, left))
-        weight = left.copy()
         now += ahead
     return ends
 

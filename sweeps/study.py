@@ -140,6 +140,11 @@ class Study:
         moe = config.model.moe
         assert moe is not None
         c = self.cluster
+        if moe.n_routed_experts % (c.nodes * c.gpus_per_node):
+            raise ValueError(
+                f"nodes={c.nodes} x gpus_per_node={c.gpus_per_node} = {c.nodes * c.gpus_per_node} GPUs must divide "
+                f"n_routed_experts={moe.n_routed_experts}"
+            )
         return AllToAll(
             cluster=c.file,
             nodes=c.nodes,

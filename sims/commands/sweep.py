@@ -62,7 +62,7 @@ def values(text: str, field: str) -> list[Any]:
         bounds, _, step = part.partition(":")
         low, dash, high = bounds.strip().partition("-")
         try:
-            if dash and low:
+            if dash and low.isdigit():
                 found += list(range(int(low), int(high) + 1, int(step or 1)))
             else:
                 found.append(yaml.safe_load(part))
