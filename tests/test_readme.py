@@ -16,7 +16,7 @@ TEXT = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", TEXT, re.S) for line in block.splitlines() if line.strip()]
 OURS = [shlex.split(line) for line in COMMANDS if line.startswith("python -m")]
 CHEAP = {("research", "presets"), ("research", "describe"), ("research", "data"), ("sims", "all-to-all"), ("sims", "sweep"), ("sims", "clusters"),
-         ("sweeps", "check"), ("sweeps", "plan")}  # fmt: skip
+         ("sims", "training-step"),          ("sweeps", "check"), ("sweeps", "plan")}  # fmt: skip
 
 
 @pytest.mark.parametrize("words", [w for w in OURS if tuple(w[2:4]) in CHEAP], ids=" ".join)

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -17,7 +17,7 @@ from sims.training import efficiency
 
 @app.command("calibrate")
 def command(
-    out: Annotated[Path | None, typer.Option(help="Where to write the fit (default: the package's own sims/calibration/fitted.json)")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the fit of communication here, and nothing else")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Report only, write nothing")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -31,11 +31,11 @@ def command(
     fitted = calibrate()
     if not dry_run:
         write(fitted, path)
-    compute = efficiency.fit()
-    if not dry_run and out is None:
+    compute = efficiency.fit() if out is None else None
+    if compute is not None and not dry_run:
         efficiency.write(compute)
     if as_json:
-        print(json.dumps({**fitted, "compute": compute.report()}))
+        print(json.dumps(fitted if compute is None else {**fitted, "compute": compute.report()}))
         return
     points = Table("point", "measured us", "residual", "left out", "source", title="measured points (sims/calibration/all_to_all.yaml)")
     for point in fitted["points"]:
@@ -49,13 +49,18 @@ def command(
         row = (f"{found['best']:.4g}", f"{found['prior_best']:.4g}", f"{found['log_spread']:.3f}", f"{found['prior_log_spread']:.3f}")
         table.add_row(name, *row, seen if found["identified"] else f"not identified: {seen}")
     console().print(table)
-    found = compute.report()
-    table = Table("constant", "best", "prior", "log spread", "of the prior", title=f"compute: fitted on {found['point']} = {found['published']:,.0f}")
-    for name, row in found["constants"].items():
-        cells = (f"{row['best']:.4g}", f"{row['prior_best']:.4g}", f"{row['log_spread']:.3f}", f"{row['prior_log_spread']:.3f}")
-        table.add_row(name if row["identified"] else f"{name} (not identified)", *cells)
-    console().print(table)
+    if compute is not None:
+        console().print(_of_computing(compute.report()))
     print(
         f"mean absolute error: {fitted['mean_absolute_residual']:.1%} fitted, {fitted['mean_absolute_leave_one_out']:.1%} left out"
         + ("" if dry_run else f"; written: {path}")
     )
+
+
+def _of_computing(report: dict[str, Any]) -> Table:
+    title = f"computing: fitted on {report['point']} = {report['published']:,.0f} (sims/calibration/compute.yaml)"
+    table = Table("constant", "best", "prior", "log spread", "of the prior", title=title)
+    for name, row in report["constants"].items():
+        cells = (f"{row['best']:.4g}", f"{row['prior_best']:.4g}", f"{row['log_spread']:.3f}", f"{row['prior_log_spread']:.3f}")
+        table.add_row(name if row["identified"] else f"{name} (not identified)", *cells)
+    return table

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ from sims.quantiles import Quantiles
 from sims.training import StepResult, TrainingStep, training_step
 from sims.training.door import training_step_spec
 
-FIELDS = ", ".join(name for name in TrainingStep.__dataclass_fields__ if name != "model")
+FIELDS = ", ".join(field.name for field in fields(TrainingStep) if field.name != "model")
 
 OPTIONS = (
     "model",
@@ -43,7 +44,7 @@ OPTIONS = (
     "training-step",
     help=f"""Seconds of an optimizer step, where they go, and the memory that it takes.
 
-    Examples: python -m sims training-step --model deepseek-v2 --cluster h800 --nodes 16 --set pipeline_parallel=16 --placement spread
+    Example: python -m sims training-step --model deepseek-v2 --cluster h800 --nodes 16 --set pipeline_parallel=16 --placement spread
     / python -m sims training-step --model deepseek-67b --nodes 128 --tensor-parallel 4 --pipeline-parallel 8 --schedule 1f1b
     --batch-size 4608 --recompute none --json / python -m sims training-step --set device_limit=2 --set speed.3=1.2
 

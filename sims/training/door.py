@@ -1,6 +1,7 @@
 """From options, files and `--set` to a `TrainingStep`, every mistake as one sentence."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,10 @@ def _whole_path(override: str) -> str:
     if not equals or name.startswith(("model.", "speed.")):
         return override
     leaf = name.removeprefix("routing.")
-    experts, fields = MoEConfig.__dataclass_fields__, TrainingStep.__dataclass_fields__
-    if leaf in experts and (name not in fields):
+    experts, own = ([field.name for field in fields(cls)] for cls in (MoEConfig, TrainingStep))
+    if leaf in experts and name not in own:
         return f"model.moe.{leaf}={value}"
-    if name not in fields:
-        choices = [*fields, *experts, *(f"model.{p}" for p in known_paths(ModelConfig))]
+    if name not in own:
+        choices = [*own, *experts, *(f"model.{p}" for p in known_paths(ModelConfig))]
         raise ConfigError(f"{SOURCE}: --set {name} = {value!r}: unknown key{nearest(name, choices)}")
     return override

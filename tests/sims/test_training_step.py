@@ -14,11 +14,13 @@ from research import accounting
 from research.configfile import read_yaml
 from research.errors import ConfigError
 from research.presets import preset
-from sims import TrainingStep, synthetic_trace
+from sims import AllToAll, TrainingStep, plan, synthetic_trace
 from sims.__main__ import app
 from sims.cluster import load_cluster
+from sims.collective import collective_seconds
 from sims.constants import load_constants
 from sims.simulation import simulate
+from sims.traffic import payload_bytes
 from sims.training.efficiency import DATA, FITTED, fit, gpu_hours, layout_step
 from sims.training.exchange import exchange
 from sims.training.layout import gpu_index, stage_layers, stage_parameters
@@ -279,3 +281,38 @@ def test_jitter_only_in_the_event_tier_and_only_slows():
     np.testing.assert_allclose(sum(moved.breakdown.values()), moved.seconds, rtol=1e-9)
     assert moved.event_seconds > still.event_seconds
     assert moved.event_seconds == simulate(small(tier="event", jitter=0.2)).event_seconds
+
+
+@pytest.mark.parametrize("placement", ["packed", "spread"])
+def test_the_four_ways_are_those_of_the_all_to_all(placement):
+    """Bytes and seconds against `sims.all_to_all`'s own plan of the same tokens; gradients travel in 16 bits."""
+    spec = small(placement=placement, nodes=8, batch_size=256, dispatch_bits=8, routing="random", routing_samples=1)
+    cluster = load_cluster("h800")
+    constants = load_constants(cluster)
+    sample = exchange(spec, cluster, constants).samples[0]
+    nodes, each = (1, 8) if placement == "packed" else (8, 1)
+    planned = plan(AllToAll(nodes=nodes, gpus_per_node=each, device_limit=3, dispatch_bits=8))
+    for name, traffic in (("dispatch", planned.dispatch), ("combine", planned.combine)):
+        assert sample.bytes[name] == pytest.approx((traffic.nvlink.sum() / 8, traffic.infiniband.sum() / 8), rel=0.01)
+        expected = collective_seconds(traffic, cluster, constants, notify=name == "dispatch")
+        np.testing.assert_allclose(sample.seconds[name], expected, rtol=0.02)
+    wide = payload_bytes(5120, 16) / payload_bytes(5120, 8)
+    assert sum(sample.bytes["combine backward"]) == pytest.approx(wide * sum(sample.bytes["dispatch"]), rel=1e-6)
+    assert sample.bytes["dispatch backward"] == sample.bytes["combine"]
+
+
+def test_pairs_over_the_budget_are_dropped_but_for_the_spared_sequences():
+    model = small().model
+    moe = replace(model.moe, device_limit=None)
+    free, held = (
+        exchange(
+            replace(small(routing="hot-device", routing_samples=1), model=replace(model, moe=replace(moe, capacity_factor=factor))),
+            load_cluster("h800"),
+            load_constants(load_cluster("h800")),
+        ).samples[0]
+        for factor in (None, 1.0)
+    )
+    budget = free.pairs.mean()
+    assert free.pairs.sum() == 8 * 4096 * 6
+    assert free.pairs[0] > 1.5 * budget
+    np.testing.assert_allclose(held.pairs, np.minimum(free.pairs, np.maximum(budget, 0.1 * free.pairs)))
