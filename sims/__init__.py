@@ -5,9 +5,26 @@
 
 from sims.all_to_all import AllToAll, plan
 from sims.cluster import Cluster, load_cluster
+from sims.faults import Goodput, SlowLayers
 from sims.result import Result
 from sims.routing import reroute, synthetic_trace
+from sims.serving import Serving, generation_ratio
 from sims.simulation import simulate
 from sims.training import StepResult, TrainingStep
 
-__all__ = ["AllToAll", "Cluster", "Result", "StepResult", "TrainingStep", "load_cluster", "plan", "reroute", "simulate", "synthetic_trace"]
+__all__ = [
+    "AllToAll",
+    "Cluster",
+    "Goodput",
+    "Result",
+    "Serving",
+    "SlowLayers",
+    "StepResult",
+    "TrainingStep",
+    "generation_ratio",
+    "load_cluster",
+    "plan",
+    "reroute",
+    "simulate",
+    "synthetic_trace",
+]

@@ -12,15 +12,29 @@ from research.errors import ConfigError
 from research.routing_trace import RoutingTrace
 from research.terminal import console
 from sims.commands import app
-from sims.faults import Goodput, GoodputResult, SlowLayers, SlowResult, Wait, simulate_goodput, simulate_layers
+from sims.faults import (
+    Goodput,
+    GoodputResult,
+    SlowLayers,
+    SlowResult,
+    SlowStepResult,
+    Speeds,
+    Wait,
+    simulate_goodput,
+    simulate_layers,
+    slow_step,
+)
 from sims.faults.attribution import culprits
 from sims.serving.spec import model_config, model_mapping, overridden
+from sims.training.door import training_step_spec
 
 faults_app = typer.Typer(no_args_is_help=True, add_completion=False, help="Slow GPUs, degraded links, lost nodes: what they cost and who waits.")
 app.add_typer(faults_app, name="faults")
 
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="field=value; wins over the options")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object instead of tables")]
+ClusterName = Annotated[str, typer.Option(help="h800, h100, h200, a100, b200, or a YAML file of your own")]
+Slow = Annotated[list[str] | None, typer.Option(help="GPU=factor: its computing takes so many times as long; may be repeated")]
 SHOWN = 12
 
 
@@ -67,12 +81,12 @@ def goodput_command(
     Fields for --set: {", ".join(SlowLayers.__dataclass_fields__)}; speeds.kind (constant, normal, stragglers), .spread ...""")  # fmt: skip
 def waits_command(
     model: Annotated[str, typer.Option(help="A preset with experts, or a YAML file of a model or run")] = "deepseek-v2",
-    cluster: Annotated[str, typer.Option(help="h800, h100, h200, a100, b200, or a YAML file of your own")] = "h800",
+    cluster: ClusterName = "h800",
     nodes: int = 1,
     gpus_per_node: int = 8,
     tokens_per_device: int = 4096,
     layers: int = 1,
-    slow: Annotated[list[str] | None, typer.Option(help="GPU=factor: its computing takes so many times as long; may be repeated")] = None,
+    slow: Slow = None,
     nic: Annotated[list[str] | None, typer.Option(help="GPU=share of its NIC's bandwidth that is left; may be repeated")] = None,
     nvlink: Annotated[list[str] | None, typer.Option(help="GPU=share of its NVLink bandwidth that is left; may be repeated")] = None,
     trace: Annotated[Path | None, typer.Option(help="routing.npz of a trained model")] = None,
@@ -99,6 +113,60 @@ def waits_command(
         print(json.dumps(result.to_dict()))
         return
     _print_waits(result)
+
+
+@faults_app.command("step", help="""A training step with slow GPUs beside a healthy one, and who waits for whom.
+
+    Example: python -m sims faults step --nodes 16 --slow 3=1.25 --set batch_size=512
+
+    --set takes the fields of training-step.""")  # fmt: skip
+def step_command(
+    model: Annotated[str, typer.Option(help="A preset, or a YAML file of a model or run")] = "deepseek-v2",
+    cluster: ClusterName = "h800",
+    nodes: int = 16,
+    gpus_per_node: int = 8,
+    batch_size: Annotated[int, typer.Option(help="Sequences of a step")] = 1152,
+    slow: Slow = None,
+    speeds: Annotated[str, typer.Option(help="Of all others: constant, normal or stragglers")] = "constant",
+    spread: Annotated[float, typer.Option(help="Standard deviation of normal")] = 0.03,
+    count: Annotated[int, typer.Option(help="Stragglers, drawn by the seed")] = 1,
+    factor: Annotated[float, typer.Option(help="Times as long as others that a straggler takes")] = 1.25,
+    trace: Annotated[Path | None, typer.Option(help="routing.npz of a trained model")] = None,
+    seed: int = 0,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    drawn = validate(Speeds, {"kind": speeds, "spread": spread, "count": count, "factor": factor}, "faults step")
+    mapping = {
+        "model": model,
+        "cluster": cluster,
+        "nodes": nodes,
+        "gpus_per_node": gpus_per_node,
+        "batch_size": batch_size,
+        "speed": _factors("--slow", slow),
+        "seed": seed,
+    }
+    result = slow_step(training_step_spec(mapping, overrides or []), drawn, RoutingTrace.load(trace) if trace else None)
+    if as_json:
+        print(json.dumps(result.to_dict()))
+        return
+    _print_step(result)
+
+
+def _print_step(result: SlowStepResult) -> None:
+    whole, healthy, slowdown = result.seconds, result.healthy_seconds, result.slowdown
+    print(f"{result.gpus} GPUs: a step of {whole.p50:.3f} s ({whole.p10:.3f} to {whole.p90:.3f}), healthy {healthy.p50:.3f}")
+    print(f"slowdown {slowdown.p50:.3f} ({slowdown.p10:.3f} to {slowdown.p90:.3f})")
+    table = Table("stage", "phase", "waits for", "on", "seconds of the average GPU", title="Within expert-parallel groups")
+    for each in result.groups[:SHOWN]:
+        table.add_row(str(each.stage), each.phase, f"GPU {each.culprit}", each.link, f"{each.seconds:.4f}")
+    console().print(table)
+    table = Table("waiter", "culprit", "link", "seconds", "times", title="Stages of the pipeline for each other")
+    for wait in result.pipeline[:SHOWN]:
+        table.add_row(*_cells(wait, f"{wait.seconds:.4f}"))
+    console().print(table)
+    for warning in result.warnings:
+        print(f"warning: {warning}")
 
 
 def _factors(option: str, given: list[str] | None) -> dict[Any, Any]:

@@ -167,4 +167,4 @@ def _print_ratio(found: Comparison, as_json: bool) -> None:
         f"Taken as the prediction: {at.reading}, prompts of {at.lengths.prompt:.0f} and outputs of {at.lengths.output:.0f} tokens ({at.lengths.kind})"
     )
     for name, value in found.published.items():
-        print(f"published {name} {value:,.2f}: predicted {found.errors[name]:+.1%} of it")
+        print(f"published {name} {value:,.2f}, predicted {value * (1 + found.errors[name]):,.2f}: {found.errors[name]:+.1%}")

@@ -134,11 +134,18 @@ def simulate_layers(spec: SlowLayers, trace: RoutingTrace | None = None) -> Slow
         speed=[float(each) for each in speed],
         waits=found,
         healthy_waits=waits(healthy[1]),
-        warnings=outside({"cluster": cluster.key, "nodes": spec.nodes}) if spec.gpus > 1 else [],
+        warnings=_warnings(spec, model, cluster),
         constants=constants.to_dict(),
         seed=spec.seed,
         phases=slow[1],
     )
+
+
+def _warnings(spec: SlowLayers, model: ModelConfig, cluster: Cluster) -> list[str]:
+    if spec.gpus == 1 or model.moe is None:
+        return []
+    query = {"cluster": cluster.key, "nodes": spec.nodes, "tokens_per_device": spec.tokens_per_device, "hidden_size": model.hidden_size}
+    return outside(query | {"num_experts_per_tok": model.moe.num_experts_per_tok} | ({"sms": spec.sms} if spec.sms is not None else {}))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -105,7 +105,7 @@ def simulate_serving(spec: Serving, trace: RoutingTrace | None = None) -> Servin
         curve=curve(host, average, most),
         mean_prompt_tokens=float(requests.prompt.mean()),
         mean_output_tokens=float(requests.output.mean()),
-        warnings=_warnings(host, served, full.generated, average),
+        warnings=_warnings(host, served, full.generated, average, most),
         constants=host.constants.to_dict(),
         seed=spec.seed,
         log=log,
@@ -263,9 +263,21 @@ def curve(host: Server, average: Means, most: float) -> list[CurvePoint]:
     return found
 
 
-def _warnings(host: Server, served: Served, full: np.ndarray, average: Means) -> list[str]:
+def _warnings(host: Server, served: Served, full: np.ndarray, average: Means, most: float) -> list[str]:
     spec = host.spec
-    found = list(outside({"cluster": host.cluster.key, "nodes": spec.nodes})) if host.split.gpus > 1 else []
+    found = list[str]()
+    if host.cost.experts is not None and host.split.ranks > 1:
+        moe = host.model.moe
+        assert moe is not None
+        tokens = served.residents / host.split.gpus * (average.decode + average.prompt)
+        query = {"cluster": host.cluster.key, "nodes": spec.nodes, "tokens_per_device": round(tokens), "hidden_size": host.model.hidden_size}
+        query |= {"num_experts_per_tok": moe.num_experts_per_tok} | ({"sms": spec.sms} if spec.sms is not None else {})
+        found += outside(query)
+    if spec.rate is None and spec.clients is None and served.requests < 3 * most:
+        found.append(
+            f"requests = {served.requests:,}: {most:,.0f} are resident at saturation, so the run fills and empties a server that is never in balance; "
+            "take the closed form's rates, or more requests"
+        )
     if spec.rate is not None and spec.rate * average.output > float(full[0]):
         found.append(
             f"rate = {spec.rate:g} requests/s asks for {spec.rate * average.output:,.0f} tokens/s, saturation gives {full[0]:,.0f}: "

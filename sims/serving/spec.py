@@ -126,7 +126,7 @@ def overridden(mapping: Mapping[str, Any], overrides: Iterable[str], cls: type, 
         name = path.strip()
         plain = name.removeprefix("routing.").removeprefix("moe.")
         if name == "model":
-            values["model"] = model_mapping(value.strip(), source)
+            values["model"] = value.strip() if isinstance(values.get("model"), str) else model_mapping(value.strip(), source)
         elif not equals or name.split(".")[0] in known - {"routing"} or name == "routing":
             given.append(override)
         elif plain in known:

@@ -17,10 +17,11 @@ from sims import load_cluster, simulate, synthetic_trace
 from sims.__main__ import app
 from sims.collective import collective_seconds
 from sims.constants import load_constants
-from sims.faults import Goodput, SlowLayers, Speeds, simulate_goodput, simulate_layers, waits
+from sims.faults import Goodput, SlowLayers, Speeds, simulate_goodput, simulate_layers, slow_step, waits
 from sims.faults.attribution import culprits
 from sims.faults.goodput import daly, reliability, young
 from sims.faults.layers import _trace, _work
+from sims.training.door import training_step_spec
 
 RUN = Goodput(nodes=100, node_mtbf_hours=500, checkpoint_seconds=60, restart_seconds=300, work_hours=200, runs=48)
 TRACE = synthetic_trace("gaussian", tokens=512, n_routed_experts=160, num_experts_per_tok=6, expert_devices=8, device_limit=3)
@@ -137,6 +138,17 @@ def test_waits_are_the_gaps_of_the_timeline():
         assert busy + columns["wait_seconds"][own].sum() == pytest.approx(last)
 
 
+def test_a_training_step_waits_for_its_slow_gpu():
+    spec = training_step_spec({"model": "deepseek-v2", "nodes": 16, "batch_size": 64, "draws": 4})
+    slow = slow_step(replace(spec, speed={3: 1.5}))
+    assert slow.slowdown.p10 > 1.05
+    assert {wait.culprit for wait in slow.groups[:3]} == {3}
+    assert slow.groups[0].seconds > 0
+    assert slow.pipeline
+    assert slow.seconds.p50 >= slow_step(replace(spec, speed={3: 1.2})).seconds.p50 >= slow_step(spec).seconds.p50
+    assert slow_step(spec, Speeds(kind="stragglers", count=1, factor=1.5)).speed.popitem()[1] == 1.5
+
+
 def test_distributions_of_speed():
     assert (Speeds().factors(8, 0) == 1).all()
     normal = Speeds(kind="normal", spread=0.05).factors(4000, 0)
@@ -198,7 +210,10 @@ def test_the_commands():
     shown = runner.invoke(app, ["faults", "waits", *options, "--set", "speeds.kind=normal"])
     assert shown.exit_code == 0
     assert "Culprits" in shown.output
-    for command in ("goodput", "waits"):
+    step = runner.invoke(app, ["faults", "step", "--slow", "3=1.5", "--set", "batch_size=64", "--set", "draws=2"])
+    assert step.exit_code == 0
+    assert "slowdown" in step.output
+    for command in ("goodput", "waits", "step"):
         assert "Example:" in runner.invoke(app, ["faults", command, "--help"]).output
     wrong = runner.invoke(app, ["faults", "waits", "--slow", "three=1"])
     assert isinstance(wrong.exception, ConfigError)
