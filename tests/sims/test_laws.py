@@ -15,7 +15,7 @@ from research.presets import preset
 from research.routing_trace import RoutingTrace
 from sims import AllToAll, TrainingStep, load_cluster, plan, reroute, simulate, synthetic_trace
 from sims.__main__ import app
-from sims.all_to_all import STRIDE, answer
+from sims.all_to_all import answer
 from sims.cluster import Figure
 from sims.collective import collective_seconds, latency_seconds
 from sims.constants import load_constants
@@ -25,6 +25,7 @@ from sims.explain.serving import explain_serving
 from sims.explain.training import explain_training_step
 from sims.outputs.of_results import parquet_of, trace_of
 from sims.outputs.parquet import parquet_bytes
+from sims.pool import STRIDE
 from sims.quantiles import Quantiles
 from sims.serving import serving
 from sims.training.step import closed_form
