@@ -1,6 +1,7 @@
 """`faults`: slow GPUs and links, and lost nodes."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,7 +43,7 @@ SHOWN = 12
 
     Example: python -m sims faults goodput --nodes 256 --model deepseek-v2 --spare-nodes 2
 
-    Fields for --set: {", ".join(Goodput.__dataclass_fields__)}.""")  # fmt: skip
+    Fields for --set: {", ".join(field.name for field in fields(Goodput))}.""")  # fmt: skip
 def goodput_command(
     nodes: int = 128,
     model: Annotated[str, typer.Option(help="Preset whose weights and optimizer state a checkpoint holds")] = "deepseek-v2",
@@ -78,7 +79,7 @@ def goodput_command(
 
     Example: python -m sims faults waits --nodes 2 --slow 3=1.25 --nic 9=0.5
 
-    Fields for --set: {", ".join(SlowLayers.__dataclass_fields__)}; speeds.kind (constant, normal, stragglers), .spread ...""")  # fmt: skip
+    Fields for --set: {", ".join(field.name for field in fields(SlowLayers))}; speeds.kind (normal, stragglers), .spread ...""")  # fmt: skip
 def waits_command(
     model: Annotated[str, typer.Option(help="A preset with experts, or a YAML file of a model or run")] = "deepseek-v2",
     cluster: ClusterName = "h800",

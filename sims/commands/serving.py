@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,7 @@ from sims.serving import Serving, ServingResult, generation_ratio, serving, simu
 from sims.serving.comparison import Comparison
 from sims.serving.spec import model_mapping, overridden
 
-FIELDS = ", ".join(name for name in Serving.__dataclass_fields__ if name not in ("model", "lengths"))
+FIELDS = ", ".join(field.name for field in fields(Serving) if field.name not in ("model", "lengths"))
 
 OPTIONS = (
     "cluster",
@@ -41,7 +42,7 @@ OPTIONS = (
     "serving",
     help=f"""Throughput, residents and latencies of continuous batching.
 
-    Examples: python -m sims serving --model deepseek-v2 --cluster h800 --weight-bits 8 --kv-bits 6
+    Example: python -m sims serving --model deepseek-v2 --cluster h800 --weight-bits 8 --kv-bits 6
     / python -m sims serving --model deepseek-67b --rate 5 --requests 500 --json / python -m sims serving --ratio
 
     Fields for --set: {FIELDS}; lengths.kind, .prompt, .output, .prompt_sigma, .output_sigma, .maximum, .path; and the model's own,

@@ -275,7 +275,7 @@ def _warnings(host: Server, served: Served, full: np.ndarray, average: Means, mo
         found += outside(query)
     if spec.rate is None and spec.clients is None and served.requests < 3 * most:
         found.append(
-            f"requests = {served.requests:,}: {most:,.0f} are resident at saturation, so the run fills and empties a server that is never in balance; "
+            f"requests = {served.requests:,}: {most:,.0f} are resident at saturation, so this run fills and empties a server never in balance; "
             "take the closed form's rates, or more requests"
         )
     if spec.rate is not None and spec.rate * average.output > float(full[0]):

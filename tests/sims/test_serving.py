@@ -366,7 +366,7 @@ def test_the_command(tmp_path):
     shown = CliRunner().invoke(app, ["serving", "--model", "dense-nano", "--requests", "20", "--set", "draws=2"])
     assert shown.exit_code == 0
     assert "binds" in shown.output
-    assert "Examples:" in CliRunner().invoke(app, ["serving", "--help"]).output
+    assert "Example:" in CliRunner().invoke(app, ["serving", "--help"]).output
     path = tmp_path / "model.yaml"
     path.write_text("model: {preset: deepseek-v2-lite, num_hidden_layers: 3}\n")
     assert model_config(str(path)).num_hidden_layers == 3
