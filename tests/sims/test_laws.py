@@ -251,6 +251,9 @@ def test_commands_leave_files_behind_or_say_why_not(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(paths.values())
     table = pq.read_table(tmp_path / "p.parquet")
     assert json.loads(table.schema.metadata[b"question"])["tokens_per_device"] == 96
+    waits = invoke("faults", "waits", "--slow", "3=1.25", "--tokens-per-device", 64, "--trace-out", tmp_path / "w.json")
+    assert waits.exit_code == 0, waits.output
+    assert any(e["args"].get("waits_for") == 3 for e in json.loads((tmp_path / "w.json").read_text())["traceEvents"] if e["ph"] == "X")
     failed = invoke(*base, "--parquet", tmp_path / "no" / "p.parquet", "--figure", tmp_path / "other.png")
     assert "--parquet" in str(failed.exception)
     assert "no/p.parquet" in str(failed.exception)
