@@ -40,7 +40,7 @@ check: .venv/installed ## ruff, format, types, imports between the rooms
 test: .venv/installed ## all tests, fast ones first
 	$(BIN)/python -m pytest
 
-bench: .venv/installed ## speed on one core beside transformers' (minutes; on a quiet machine), to a page in reports/benchmarks
+bench: .venv/installed ## speed on one core beside transformers' and SimPy's (minutes; on a quiet machine), to a page in reports/benchmarks
 	$(BIN)/python -m tests.bench
 
 clean: ## remove .venv and caches (studies in .moelab stay)

@@ -44,4 +44,4 @@ class Timeline:
 
     def columns(self) -> dict[str, np.ndarray]:
         """One array per field of Phase, in the order of the rows."""
-        return {f.name: np.array([getattr(phase, f.name) for phase in self.phases]) for f in fields(Phase)}
+        return {f.name: np.array([getattr(phase, f.name) for phase in self.phases], f.type) for f in fields(Phase)}

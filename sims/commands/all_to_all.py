@@ -1,21 +1,47 @@
 """`all-to-all` and `clusters`."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
+from research.routing_trace import RoutingTrace
 from research.terminal import console
+from sims.all_to_all import AllToAll
 from sims.cluster import cluster_names, figures, load_cluster
 from sims.commands import app, question
+from sims.commands.outputs import FigureOut, Heatmap, Outputs, Parquet, TraceOut, say
 from sims.commands.question import AsJson, Overrides, Trace
 from sims.formulas import FORMULAS
 from sims.quantiles import Quantiles
 from sims.result import Result
 from sims.simulation import simulate
+
+OPTIONS = (
+    "cluster",
+    "nodes",
+    "gpus_per_node",
+    "expert_parallel",
+    "tokens_per_device",
+    "hidden_size",
+    "device_limit",
+    "expert_devices",
+    "node_limit",
+    "node_score",
+    "dispatch_bits",
+    "combine_bits",
+    "sms",
+    "routing",
+    "dedup",
+    "network",
+    "oversubscription",
+    "seed",
+)
+"""Parameters of the command that are fields of the question, by the same name."""
 
 
 @app.command("all-to-all")
@@ -45,6 +71,10 @@ def all_to_all(
     seed: question.Seed = None,
     overrides: Overrides = None,
     formula: Annotated[bool, typer.Option(help="Show the formulas of other tools beside ours")] = False,
+    parquet: Parquet = None,
+    trace_out: TraceOut = None,
+    heatmap: Heatmap = None,
+    figure: FigureOut = None,
     as_json: AsJson = False,
 ) -> None:
     """Dispatch and combine of one MoE layer.  Example: python -m sims all-to-all --nodes 2 --model deepseek-v2 --device-limit 2 --formula
@@ -52,19 +82,22 @@ def all_to_all(
     Times are P10, P50 and P90 of isolated transmit time with its latency; notify, the exchange of counts, stands beside them.
     Every option is also a field for --set (n_routed_experts, num_experts_per_tok, ... as in a model's configuration).
     """
-    options = {
-        "cluster": cluster, "nodes": nodes, "gpus_per_node": gpus_per_node, "expert_parallel": expert_parallel,
-        "tokens_per_device": tokens_per_device, "hidden_size": hidden_size, "n_routed_experts": experts, "num_experts_per_tok": top_k,
-        "device_limit": device_limit, "expert_devices": expert_devices, "node_limit": node_limit, "node_score": node_score,
-        "dispatch_bits": dispatch_bits, "combine_bits": combine_bits, "sms": sms, "routing": routing, "dedup": dedup, "network": network,
-        "oversubscription": oversubscription, "seed": seed,
-    }  # fmt: skip
-    spec, asked = question.question(options, model, placement, overrides)
-    result: Result = simulate(*question.routed(spec, trace, asked, model))
+    outputs = Outputs(parquet=parquet, trace_out=trace_out, heatmap=heatmap, figure=figure)
+    spec, found = question_of(locals())
+    result: Result = simulate(spec, found)
+    written = outputs.write(result, spec)
     if as_json:
         print(json.dumps(result.to_dict()))
         return
     _print(result, formula=formula)
+    say(written)
+
+
+def question_of(given: Mapping[str, Any]) -> tuple[AllToAll, RoutingTrace | None]:
+    """The question of the command's parameters, by their names, and the trace to route by."""
+    options = {name: given[name] for name in OPTIONS} | {"n_routed_experts": given["experts"], "num_experts_per_tok": given["top_k"]}
+    spec, asked = question.question(options, given["model"], given["placement"], given["overrides"])
+    return question.routed(spec, given["trace"], asked, given["model"])
 
 
 def microseconds(time: Quantiles) -> str:

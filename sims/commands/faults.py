@@ -13,6 +13,7 @@ from research.errors import ConfigError
 from research.routing_trace import RoutingTrace
 from research.terminal import console
 from sims.commands import app
+from sims.commands.outputs import Outputs, Parquet, TraceOut, say
 from sims.faults import (
     Goodput,
     GoodputResult,
@@ -93,8 +94,11 @@ def waits_command(
     trace: Annotated[Path | None, typer.Option(help="routing.npz of a trained model")] = None,
     seed: int = 0,
     overrides: Overrides = None,
+    parquet: Parquet = None,
+    trace_out: TraceOut = None,
     as_json: AsJson = False,
 ) -> None:
+    outputs = Outputs(parquet=parquet, trace_out=trace_out)
     mapping = {
         "model": model_mapping(model, "faults waits"),
         "cluster": cluster,
@@ -110,10 +114,12 @@ def waits_command(
     values = overridden(mapping, overrides or [], SlowLayers, "faults waits")
     spec = validate(SlowLayers, {**values, "model": model_config(values["model"], "faults waits")}, "faults waits")
     result = simulate_layers(spec, RoutingTrace.load(trace) if trace else None)
+    written = outputs.write(result, spec)
     if as_json:
         print(json.dumps(result.to_dict()))
         return
     _print_waits(result)
+    say(written)
 
 
 @faults_app.command("step", help="""A training step with slow GPUs beside a healthy one, and who waits for whom.

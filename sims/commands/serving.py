@@ -1,6 +1,7 @@
 """`serving`: continuous batching on a described cluster."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,12 +12,30 @@ from rich.table import Table
 from research.routing_trace import RoutingTrace
 from research.terminal import console
 from sims.commands import app
+from sims.commands.outputs import FigureOut, Outputs, Parquet, TraceOut, say
 from sims.quantiles import Quantiles
 from sims.serving import Serving, ServingResult, generation_ratio, serving, simulate_serving
 from sims.serving.comparison import Comparison
 from sims.serving.spec import model_mapping, overridden
 
 FIELDS = ", ".join(field.name for field in fields(Serving) if field.name not in ("model", "lengths"))
+
+OPTIONS = (
+    "cluster",
+    "nodes",
+    "gpus_per_node",
+    "tensor_parallel",
+    "weight_bits",
+    "kv_bits",
+    "compute_bits",
+    "rate",
+    "clients",
+    "requests",
+    "max_batch",
+    "routing",
+    "seed",
+)
+"""Parameters of the command that are fields of the question, by the same name."""
 
 
 @app.command(
@@ -50,35 +69,35 @@ def serving_command(
     seed: int = 0,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="field=value, such as lengths.maximum=8192; wins over the options")] = None,
     ratio: Annotated[bool, typer.Option("--ratio", help="The published 5.76 times of DeepSeek-V2 over DeepSeek 67B, predicted")] = False,
+    parquet: Parquet = None,
+    trace_out: TraceOut = None,
+    figure: FigureOut = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables")] = False,
 ) -> None:
     if ratio:
         _print_ratio(generation_ratio(), as_json)
         return
-    kind: dict[str, Any] = {"kind": lengths} if lengths in ("fixed", "log-normal") else {"kind": "file", "path": lengths}
-    mapping = {
-        "model": model_mapping(model),
-        "cluster": cluster,
-        "nodes": nodes,
-        "gpus_per_node": gpus_per_node,
-        "tensor_parallel": tensor_parallel,
-        "weight_bits": weight_bits,
-        "kv_bits": kv_bits,
-        "compute_bits": compute_bits,
-        "lengths": {**kind, "prompt": prompt, "output": output},
-        "rate": rate,
-        "clients": clients,
-        "requests": requests,
-        "max_batch": max_batch,
-        "routing": routing,
-        "seed": seed,
-    }
-    spec = serving(overridden(mapping, overrides or [], Serving))
-    result = simulate_serving(spec, RoutingTrace.load(trace) if trace else None)
+    outputs = Outputs(parquet=parquet, trace_out=trace_out, figure=figure)
+    spec, found = question_of(locals())
+    result = simulate_serving(spec, found)
+    written = outputs.write(result, spec)
     if as_json:
         print(json.dumps(result.to_dict()))
         return
     _print(result)
+    say(written)
+
+
+def question_of(given: Mapping[str, Any]) -> tuple[Serving, RoutingTrace | None]:
+    """The question of the command's parameters, by their names, and the trace to route by."""
+    lengths = given["lengths"]
+    kind: dict[str, Any] = {"kind": lengths} if lengths in ("fixed", "log-normal") else {"kind": "file", "path": lengths}
+    mapping = {name: given[name] for name in OPTIONS} | {
+        "model": model_mapping(given["model"]),
+        "lengths": {**kind, "prompt": given["prompt"], "output": given["output"]},
+    }
+    spec = serving(overridden(mapping, given["overrides"] or [], Serving))
+    return spec, RoutingTrace.load(given["trace"]) if given["trace"] is not None else None
 
 
 def _of(value: Quantiles, scale: float = 1.0, digits: int = 0) -> str:

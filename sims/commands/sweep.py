@@ -22,6 +22,7 @@ from research.terminal import console
 from sims.all_to_all import AllToAll
 from sims.commands import app, question
 from sims.commands.all_to_all import microseconds
+from sims.commands.outputs import FigureOut, Outputs, say
 from sims.commands.question import AsJson, Overrides, Trace
 from sims.formulas import FORMULAS
 from sims.result import Result
@@ -127,6 +128,7 @@ def sweep(
     trace: Trace = None,
     overrides: Overrides = None,
     csv_path: Annotated[Path | None, typer.Option("--csv", help="Write the points, with the formulas of other tools, as a table")] = None,
+    figure: FigureOut = None,
     as_json: AsJson = False,
 ) -> None:
     """The same tokens under every M, K, number of nodes, ...  Example: python -m sims sweep --nodes 1,2,4 --top-k 4,6,8 --device-limit 1-8,null
@@ -137,6 +139,7 @@ def sweep(
         "cluster": cluster, "gpus_per_node": gpus_per_node, "n_routed_experts": experts, "expert_devices": expert_devices,
         "expert_parallel": expert_parallel, "dispatch_bits": dispatch_bits, "combine_bits": combine_bits, "seed": seed,
     }  # fmt: skip
+    outputs = Outputs(figure=figure)
     spec, asked = question.question(fixed, model, placement, overrides)
     spec, found = question.routed(spec, trace, asked, model)
     devices = spec.expert_devices
@@ -154,10 +157,12 @@ def sweep(
     answers = list(cells(spec, axes, found, progress=not as_json and console().is_terminal))
     if csv_path is not None:
         write_csv(csv_path, answers)
+    written = outputs.write([cell.result for cell in answers], {"spec": asdict(spec), "over": axes}, spec.seed)
     if as_json:
         print(json.dumps([cell.result.to_dict() | {"point": cell.point} for cell in answers]))
         return
     _print(answers, left_out)
+    say(written)
 
 
 def write_csv(path: Path, answers: list[Cell]) -> None:

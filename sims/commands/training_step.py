@@ -1,6 +1,7 @@
 """`training-step`."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,11 +13,32 @@ from rich.table import Table
 from research.routing_trace import RoutingTrace
 from research.terminal import console
 from sims.commands import app
+from sims.commands.outputs import FigureOut, Heatmap, Outputs, Parquet, TraceOut, say
 from sims.quantiles import Quantiles
 from sims.training import StepResult, TrainingStep, training_step
 from sims.training.door import training_step_spec
 
 FIELDS = ", ".join(field.name for field in fields(TrainingStep) if field.name != "model")
+
+OPTIONS = (
+    "model",
+    "cluster",
+    "nodes",
+    "gpus_per_node",
+    "pipeline_parallel",
+    "expert_parallel",
+    "tensor_parallel",
+    "schedule",
+    "placement",
+    "batch_size",
+    "micro_batch_size",
+    "sequence_length",
+    "recompute",
+    "routing",
+    "tier",
+    "seed",
+)
+"""Parameters of the command that are fields of the question, by the same name."""
 
 
 @app.command(
@@ -48,31 +70,27 @@ def training_step_command(
     tier: Annotated[str, typer.Option(help="closed, or event: also in SimPy, an event for each phase")] = "closed",
     seed: int = 0,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="field=value; wins over the options")] = None,
+    parquet: Parquet = None,
+    trace_out: TraceOut = None,
+    heatmap: Heatmap = None,
+    figure: FigureOut = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables")] = False,
 ) -> None:
-    mapping: dict[str, Any] = {
-        "model": model,
-        "cluster": cluster,
-        "nodes": nodes,
-        "gpus_per_node": gpus_per_node,
-        "pipeline_parallel": pipeline_parallel,
-        "expert_parallel": expert_parallel,
-        "tensor_parallel": tensor_parallel,
-        "schedule": schedule,
-        "placement": placement,
-        "batch_size": batch_size,
-        "micro_batch_size": micro_batch_size,
-        "sequence_length": sequence_length,
-        "recompute": recompute,
-        "routing": routing,
-        "tier": tier,
-        "seed": seed,
-    }
-    result = training_step(training_step_spec(mapping, overrides or []), RoutingTrace.load(trace) if trace is not None else None)
+    outputs = Outputs(parquet=parquet, trace_out=trace_out, heatmap=heatmap, figure=figure)
+    spec, found = question_of(locals())
+    result = training_step(spec, found)
+    written = outputs.write(result, spec)
     if as_json:
         print(json.dumps(result.to_dict()))
         return
     _print(result)
+    say(written)
+
+
+def question_of(given: Mapping[str, Any]) -> tuple[TrainingStep, RoutingTrace | None]:
+    """The question of the command's parameters, by their names, and the trace to route by."""
+    spec = training_step_spec({name: given[name] for name in OPTIONS}, given["overrides"] or [])
+    return spec, RoutingTrace.load(given["trace"]) if given["trace"] is not None else None
 
 
 def _print(result: StepResult) -> None:

@@ -37,15 +37,18 @@ class Server:
     cost: Cost
 
 
-def server(spec: Serving, trace: RoutingTrace | None = None) -> Server:
-    """ConfigError for what does not fit: GPUs, degrees, memory, or a trace of other experts than the model's."""
+def server(spec: Serving, trace: RoutingTrace | None = None, constants: Constants | None = None) -> Server:
+    """`constants` in place of the calibrated draws.
+
+    ConfigError for what does not fit: GPUs, degrees, memory, or a trace of other experts than the model's.
+    """
     cluster, model = load_cluster(spec.cluster), model_config(spec.model)
     if spec.gpus_per_node > cluster.gpus_per_node.value:
         raise ConfigError(f"gpus_per_node = {spec.gpus_per_node}: a node of {cluster.name} has {cluster.gpus_per_node.value:.0f}")
     if spec.compute_bits == 8 and cluster.fp8_flops_per_second is None:
         raise ConfigError(f"compute_bits = 8: {cluster.name} has no FP8 tensor cores (fp8_flops_per_second is not given); valid: 16")
     split, room = fit(spec, model, cluster)
-    constants = load_constants(cluster, spec.draws)
+    constants = load_constants(cluster, spec.draws) if constants is None else constants
     sms = cluster.communication_sms.value if spec.sms is None else float(spec.sms)
     if sms >= cluster.sms.value:
         raise ConfigError(f"sms = {sms:.0f}: must be < {cluster.sms.value:.0f}, the SMs of {cluster.name}")

@@ -35,6 +35,8 @@ class Sample:
     bytes: dict[str, tuple[int, int]]
     distinct_devices: float
     """GPUs that a token goes to, its own included."""
+    traffic: dict[str, Traffic]
+    """Byte matrices by `dispatch` and `combine`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,7 @@ def _sample(spec: TrainingStep, moe: MoEConfig, cluster: Cluster, constants: Con
         {name: _seconds(name, way, spec, cluster, constants) for name, way in ways.items()},
         {name: (int(way.nvlink.sum() / group), int(way.infiniband.sum() / group)) for name, way in ways.items()},
         float(needed.sum(1).mean()),
+        {"dispatch": there, "combine": back},
     )
 
 

@@ -13,11 +13,11 @@ import typer
 from research.atomic import write_text
 from research.benchmark.machine import describe_machine
 from research.model.kernels import native
-from tests.bench import decoding, moe, training
+from tests.bench import decoding, moe, sims, training
 from tests.bench.common import pin
 from tests.bench.page import render
 
-PARTS = ("training", "workers", "moe", "decoding")
+PARTS = ("training", "workers", "moe", "decoding", "sims")
 STEPS = [
     ("deepseek-v2-micro", 8, 256),
     ("deepseek-v2-micro", 2, 1024),
@@ -38,18 +38,19 @@ def main(
     unknown = sorted(set(only or ()) - set(PARTS))
     if unknown:
         raise typer.BadParameter(f"{', '.join(unknown)}: no such part; valid: {', '.join(PARTS)}", param_hint="--only")
-    if native.library() is None:
-        raise typer.BadParameter("the compiled kernels are not there, which is what is measured; a C compiler is needed")
     parts = only or list(PARTS)
+    if native.library() is None and set(parts) - {"sims"}:
+        raise typer.BadParameter("the compiled kernels are not there, which is what is measured; a C compiler is needed")
     core = pin()
     found: dict[str, Any] = {
         "date": date.today().isoformat(),
         "command": "make bench" if not quick else "python -m tests.bench --quick",
         "machine": _machine(),
         "core": core,
-        "peak_gflops": 2 * 1024**3 / training.product_seconds("N", "N", 1024, 1024, 1024) / 1e9,
-        "read_bytes_per_second": decoding.bandwidth(),
     }
+    if set(parts) - {"sims"}:
+        found["peak_gflops"] = 2 * 1024**3 / training.product_seconds("N", "N", 1024, 1024, 1024) / 1e9
+        found["read_bytes_per_second"] = decoding.bandwidth()
     rounds = 1 if quick else 5
     if "training" in parts:
         found["training"] = [_said(training.measure_step(*step, rounds)) for step in (STEPS[:1] if quick else STEPS)]
@@ -66,6 +67,8 @@ def main(
         found["prefill"] = _said(decoding.measure_prefill(models[0], 256 if quick else 4096))
     if "workers" in parts:
         found["workers"] = _said(training.measure_workers("deepseek-v2-micro", 2 if quick else 12))
+    if "sims" in parts:
+        found["sims"] = _said(sims.measure_sims(rounds, quick))
     stem = f"cpu-{found['date']}{'-quick' if quick else ''}"
     write_text(out / f"{stem}.json", json.dumps(found, indent=1) + "\n")
     write_text(out / f"{stem}.md", render(found))

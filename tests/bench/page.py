@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from tests.bench.sims_page import sims
+
 TRAINING = {"transformers grouped_mm": 1.8, "transformers eager": 4.0}
 DECODING = {(1, 1024): 5, (1, 4096): 20, (1, 16384): 40, (1, 32768): 60, (8, 1024): 15, (8, 4096): 35}
 
@@ -10,18 +12,22 @@ def render(found: dict[str, Any]) -> str:
     """Markdown of what `tests.bench` found; parts that were not measured are not there."""
     lines = [f"# One CPU core, {found['date']}", "", f"    {found['command']}", ""]
     lines += [f"* {key.replace('_', ' ')}: {value}" for key, value in found["machine"].items()]
-    lines += [
-        f"* one pinned thread on core {found['core']}: {found['peak_gflops']:.0f} GF/s (a product of 1,024), "
-        f"{found['read_bytes_per_second'] / 1e9:.1f} GB/s read",
-        "",
-        "Both sides in float32 with the same weights, fused AdamW, denormals flushed and the same allocator settings, interleaved in one process;",
-        "medians of wall time. On a shared machine the ratios hold to some per cent, the seconds do not.",
-        "",
-    ]
-    for part, form in (("training", _training), ("moe", _moe), ("decoding", _decoding), ("workers", _workers)):
+    lines += [f"* one pinned thread on core {found['core']}" + _core(found), ""]
+    if "peak_gflops" in found:
+        lines += [
+            "Both sides in float32 with the same weights, fused AdamW, denormals flushed and the same allocator settings, interleaved in one process;"
+        ]
+    lines += ["medians of wall time. On a shared machine the ratios hold to some per cent, the seconds do not.", ""]
+    for part, form in (("training", _training), ("moe", _moe), ("decoding", _decoding), ("workers", _workers), ("sims", sims)):
         if part in found:
             lines += form(found)
     return "\n".join(lines)
+
+
+def _core(found: dict[str, Any]) -> str:
+    if "peak_gflops" not in found:
+        return ""
+    return f": {found['peak_gflops']:.0f} GF/s (a product of 1,024), {found['read_bytes_per_second'] / 1e9:.1f} GB/s read"
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:

@@ -1,0 +1,51 @@
+"""`validate`: the page that holds the model against what was published."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from research.errors import ConfigError
+from sims.commands import app
+from sims.outputs.files import write_bytes
+
+OUT = Path("reports/generated/simulator")
+
+
+@app.command()
+def validate(
+    out: Annotated[Path, typer.Option(help="Folder of validation.md, validation.html, comparisons.json and figures/")] = OUT,
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 if the page in --out is not what would be written")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every comparison as JSON, too")] = False,
+) -> None:
+    """Make the validation page again from committed data.  Example: python -m sims validate --out reports/generated/simulator
+
+    Exit code 0 when the page was written: misses are on the page, they are no failure.
+    """
+    # matplotlib and all simulators: a second that no other command should wait for.
+    from sims.validation.page import as_values, build  # noqa: PLC0415
+
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out}: is a file; give the name of a folder")
+    document, rows = build()
+    values = json.dumps(as_values(rows), indent=1) + "\n"
+    files = document.files() | {"comparisons.json": values.encode()}
+    if check:
+        compare(out, files)
+    else:
+        for name, data in files.items():
+            write_bytes(out / name, data)
+        for stale in sorted({p.relative_to(out).as_posix() for p in (out / "figures").glob("*.svg")} - set(files)):
+            (out / stale).unlink()
+    if as_json:
+        print(values, end="")
+    elif not check:
+        print(f"{out / 'validation.md'}\n{out / 'validation.html'}")
+
+
+def compare(out: Path, files: dict[str, bytes]) -> None:
+    """ConfigError that names every file that is missing or holds other bytes."""
+    differing = [name for name, data in files.items() if not (out / name).is_file() or (out / name).read_bytes() != data]
+    if differing:
+        raise ConfigError(*(f"--check {out / name}: is not what `python -m sims validate` writes; run it and commit" for name in differing))
