@@ -3,9 +3,9 @@
 import sys
 
 from research.errors import UserError
-from sims.commands import all_to_all, app, calibrate, explain, faults, serving, sweep, training_step, validate
+from sims.commands import all_to_all, app, calibrate, explain, faults, moved_bytes, serving, sweep, training_step, validate
 
-__all__ = ["all_to_all", "app", "calibrate", "explain", "faults", "serving", "sweep", "training_step", "validate"]
+__all__ = ["all_to_all", "app", "calibrate", "explain", "faults", "moved_bytes", "serving", "sweep", "training_step", "validate"]
 
 
 def main() -> None:

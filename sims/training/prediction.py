@@ -1,5 +1,6 @@
 """DeepSeek-V2's published training cost as a prediction: what is not published about its set-up is run both ways, or drawn."""
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ def deepseek_v2(placement: str, nodes: int = 128) -> StepResult:
     return result
 
 
+@cache
 def predicted() -> dict[str, dict[str, Any]]:
     """Draws, float64, of tokens/s per GPU by what is assumed: each placement on 1,024 GPUs and over the number of nodes, and
     `unknown`: placements and numbers of nodes equally likely, as they are to someone who has read the paper."""

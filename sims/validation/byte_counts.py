@@ -1,17 +1,15 @@
 """What is exact: how many devices a token reaches under the limit M, and how many bytes cross NVLink and InfiniBand."""
 
-import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from math import comb
 from pathlib import Path
-from typing import Any, ClassVar
 
 import numpy as np
 
-from research.configfile import validate
 from research.routing_trace import select_experts
 from sims.all_to_all import AllToAll
+from sims.measured import read_run
 from sims.outputs.figures import LimitPoint, limit_figure, limit_text, svg_bytes
 from sims.outputs.of_results import limit_point
 from sims.placement import Placement, place
@@ -26,18 +24,6 @@ LIMITS = (1, 2, 3, 4, 5, 6, 8)
 NOTED_DEVICES = (1, 2, 2.995, 3.89, 4.38, 4.46, 4.45)
 """Measured once with a throw-away prototype, random logits, 160 experts, K = 6, D = 8."""
 MEASURED = Path(__file__).with_name("measured")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MeasuredBytes:
-    """A row of `measured/*.json`: bytes that the processes of a real run counted, and the simulator's of the same routing trace."""
-
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
-
-    run: str
-    what: str
-    measured: int
-    simulated: int
 
 
 def expected_devices(experts: int, chosen: int, devices: int) -> float:
@@ -182,17 +168,26 @@ def _implied(known: dict[str, Published]) -> list[str]:
 
 
 def measured_section() -> Section:
-    """Bytes that real expert-parallel runs counted, beside the same traces simulated; empty as long as no run is recorded."""
-    rows = []
-    for path in sorted(MEASURED.glob("*.json")):
-        for row in json.loads(path.read_text(encoding="utf-8")):
-            measured = validate(MeasuredBytes, row, str(path))
+    """Bytes that real expert-parallel runs counted, beside what their routing predicts."""
+    rows, runs = [], [(path.name, read_run(path)) for path in sorted(MEASURED.iterdir()) if path.is_dir()]
+    for name, run in runs:
+        for phase in run.phases:
             rows.append(
-                [measured.run, measured.what, f"{measured.measured:,}", f"{measured.simulated:,}", signed(measured.simulated, measured.measured)]
-            )
-    blocks = (
-        [table(["run", "what", "bytes counted", "bytes simulated", "error"], rows)]
-        if rows
-        else ["No expert-parallel run over several processes has been recorded yet; its counted bytes will stand here beside the simulated ones."]
-    )
-    return Section(title="Bytes of real expert-parallel runs", blocks=blocks)
+                [name, f"{run.workers} x {run.replicas}", str(run.device_limit), phase.name, f"{phase.measured:,}", f"{phase.predicted:,}",
+                 f"{phase.different} of {phase.entries}"]
+            )  # fmt: skip
+    if not rows:
+        return Section(title=MEASURED_TITLE, blocks=["No run over several processes is recorded in the package."])
+    agreeing = sum(run.agrees for _, run in runs)
+    blocks = [
+        "Models that were trained by expert parallelism on several processes (gloo, this repository's `python -m research train --workers 8 "
+        "--witness`), each with its share of the experts. Every process counted the bytes that it handed to its collectives, per destination, layer "
+        "and step; the prediction is made from who was routed where, by the function that every simulated all-to-all asks. Tokens that stay with "
+        "their worker are counted on both sides.",
+        table(["run", "workers x replicas", "M", "phase", "bytes counted", "bytes predicted", "entries that differ"], rows),
+        f"In {agreeing} of {len(runs)} runs every entry is equal to the byte. `python -m sims bytes RUN` does the same for a run of your own.",
+    ]
+    return Section(title=MEASURED_TITLE, blocks=blocks)
+
+
+MEASURED_TITLE = "Bytes of real expert-parallel runs"

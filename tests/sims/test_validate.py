@@ -1,16 +1,18 @@
 """The validation page: made again to the byte, complete, and readable by itself."""
 
 import json
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from research.errors import ConfigError
+from research.errors import ConfigError, DataError
 from sims.__main__ import app
 from sims.commands.validate import OUT, compare
 from sims.formulas import FORMULAS
+from sims.measured import read_run
 from sims.quantiles import Quantiles
 from sims.validation import byte_counts
 from sims.validation.byte_counts import TOKENS, expected_copies, expected_devices, expert_parallel_traffic
@@ -83,10 +85,10 @@ def test_the_committed_page_is_what_validate_writes(built):
 
 def test_the_page_holds_every_prediction_its_error_and_the_misses(built):
     document, rows = built
-    by_name = {row.name: row for row in rows}
+    by_name = {row.name: row for row in rows if row.unit != "tokens/s per GPU"}
     page = document.markdown()
     for name, value in (
-        ("DeepSeek-V2, 8 devices in one node", 172.8), ("DeepSeek-V2, 8 devices on 8 nodes", 172.8), ("generated tokens/s over DeepSeek 67B's", 5.76),
+        ("DeepSeek-V2, 8 devices in one node, 1,024 GPUs", 172.8), ("DeepSeek-V2, 8 devices on 8 nodes, 1,024 GPUs", 172.8), ("generated tokens/s over DeepSeek 67B's", 5.76),
     ):  # fmt: skip
         row = by_name[name]
         assert (row.value, row.kind) == (value, "predicted")
@@ -133,11 +135,28 @@ def test_copies_of_random_experts_have_a_closed_form():
     assert per_token == pytest.approx(expected_copies(2), rel=5e-3)
 
 
-def test_bytes_of_real_runs_are_read_where_there_are_any(tmp_path, monkeypatch):
-    monkeypatch.setattr(byte_counts, "MEASURED", tmp_path)
-    assert "has been recorded yet" in byte_counts.measured_section().blocks[0]
-    (tmp_path / "run.json").write_text('[{"run": "micro, 4 processes", "what": "dispatch", "measured": 1000, "simulated": 1010}]')
-    assert "| micro, 4 processes | dispatch | 1,000 | 1,010 | +1.0 % |" in byte_counts.measured_section().blocks[0]
-    (tmp_path / "run.json").write_text('[{"run": "x", "what": "dispatch", "measured": 1000}]')
-    with pytest.raises(ConfigError, match=r"run.json.*simulated"):
-        byte_counts.measured_section()
+def test_committed_runs_moved_the_bytes_that_their_routing_predicts(tmp_path, monkeypatch):
+    runs = sorted(path for path in byte_counts.MEASURED.iterdir() if path.is_dir())
+    assert len(runs) >= 3
+    for path in runs:
+        run = read_run(path)
+        assert run.agrees
+        assert {phase.measured for phase in run.phases} == {phase.predicted for phase in run.phases}
+        assert run.phases[0].entries == run.workers**2 * run.replicas * run.steps * run.layers
+    sent = {path.name: read_run(path).phases[0].measured for path in runs}
+    assert sent["8-workers-m3"] < 0.75 * sent["8-workers-m8"]
+    # One byte more in one place is seen, in the command's exit code too.
+    copy = tmp_path / "runs" / "changed"
+    shutil.copytree(runs[0], copy)
+    lines = [json.loads(line) for line in (copy / "traffic.jsonl").read_text().splitlines()]
+    next(line for line in lines if line["phase"] == "combine")["bytes"][0][1] += 1
+    (copy / "traffic.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [phase.different for phase in read_run(copy).phases] == [0, 1, 0, 0]
+    assert CliRunner().invoke(app, ["bytes", str(runs[0])]).exit_code == 0
+    found = CliRunner().invoke(app, ["bytes", str(copy), "--json"])
+    assert found.exit_code == 1
+    assert json.loads(found.stdout)["agrees"] is False
+    monkeypatch.setattr(byte_counts, "MEASURED", tmp_path / "runs")
+    assert "1 of" in byte_counts.measured_section().blocks[1]
+    with pytest.raises(DataError, match=r"config.json: is missing"):
+        read_run(tmp_path)
