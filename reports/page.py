@@ -114,17 +114,17 @@ def _matched(analysis: Analysis) -> list[Block]:
         elif shares:
             unequal.append(f"{label} ({min(shares):+.0%} to {max(shares):+.0%})")
     parts = [f"The study asked for equal {safe(str(asked.get('matched', 'budgets')).replace('_', ' '))}."]
-    parts.append(f"Equal within {confounds.EQUAL:.0%}: {words.join(equal)}." if equal else "Nothing that was recorded is equal within 2%.")
+    parts.append(f"Equal within {confounds.EQUAL * 100:.0f} %: {words.join(equal)}." if equal else "Nothing that was recorded is equal within 2 %.")
     if unequal:
         parts.append(f"Not equal: {words.join(unequal)}.")
     rows: dict[str, str] = {}
     for run in analysis.record.runs:
-        parts = [f"{key.replace('_', ' ')} {_short(value)}" for key, value in run.matched.items() if not isinstance(value, dict)]
+        kept = [f"{key.replace('_', ' ')} {_short(value)}" for key, value in run.matched.items() if not isinstance(value, dict)]
         if run.retuned:
             edge = ", at the edge of those tried: a better one may lie outside" if run.retuned.get("edge") else ""
-            parts.append(f"learning rate {_short(run.retuned.get('learning_rate'))} chosen by short runs{edge}")
-        if parts:
-            rows.setdefault(run.variant, ", ".join(parts))
+            kept.append(f"learning rate {_short(run.retuned.get('learning_rate'))} chosen by short runs{edge}")
+        if kept:
+            rows.setdefault(run.variant, ", ".join(kept))
     items = tuple(f"{safe(variant)}: {safe(text)}" for variant, text in rows.items())
     return [Text(" ".join(parts)), *([Bullets(items)] if items else [])]
 

@@ -27,6 +27,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
 }
 COLUMNS = 3
+LEGEND_COLUMNS = 4
 
 
 def png(chart: Chart) -> bytes:
@@ -42,14 +43,17 @@ def png(chart: Chart) -> bytes:
             axes.set_title(panel.title, loc="left")
         for axes in cells[len(chart.panels) :]:
             axes.set_visible(False)
+        low = 0.0
         if chart.legend:
             marks = [plt.Line2D([], [], color=_colour(colour), lw=2) for _, colour in chart.legend]
             names = [name for name, _ in chart.legend]
-            canvas.legend(marks, names, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=min(4, len(names)), fontsize=8)
-        canvas.tight_layout()
+            columns = min(LEGEND_COLUMNS, len(names))
+            low = 0.22 * (1 + -(-len(names) // columns)) / canvas.get_figheight()
+            canvas.legend(marks, names, loc="lower center", ncols=columns, fontsize=8)
+        canvas.tight_layout(rect=(0, low, 1, 1))
         buffer = io.BytesIO()
         # Software and date would make the same figure different bytes.
-        canvas.savefig(buffer, format="png", metadata={"Software": None}, bbox_inches="tight")
+        canvas.savefig(buffer, format="png", metadata={"Software": None})
         plt.close(canvas)
     return buffer.getvalue()
 
@@ -125,12 +129,10 @@ def _bars(axes: Axes, panel: Bars) -> None:
 
 
 def _heat(axes: Axes, panel: Heat) -> None:
-    picture = axes.imshow(panel.values, aspect="auto", cmap="cividis", vmin=0, vmax=panel.top, interpolation="nearest")
-    axes.set(yticks=range(len(panel.row_labels)), xlabel=panel.x_label)
+    axes.imshow(panel.values, aspect="auto", cmap="cividis", vmin=0, vmax=panel.top, interpolation="nearest")
+    axes.set(yticks=range(len(panel.row_labels)), xlabel=f"{panel.x_label}; {panel.value_label}, 0 to {panel.top:g}")
     axes.set_yticklabels(panel.row_labels, fontsize=6)
     axes.grid(visible=False)
-    assert axes.figure is not None
-    axes.figure.colorbar(picture, ax=axes, fraction=0.05)
 
 
 DRAW: dict[type, Callable[[Axes, Any], None]] = {Lines: _lines, Intervals: _intervals, Points: _points, Bars: _bars, Heat: _heat}

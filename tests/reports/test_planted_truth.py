@@ -39,7 +39,7 @@ def test_no_small_and_large_effects(seed):
     assert "costs 0.0" in said["large"] or "costs 0.1" in said["large"]
     assert "gains 0.0" in said["gain"] or "gains 0.1" in said["gain"]
     assert "no difference" not in said["large"] + said["gain"]
-    assert [v.name for v in analysis.compared][0] == "gain"
+    assert analysis.compared[0].name == "gain"
     assert "1 is better than the baseline (gain" in verdict.headline(analysis)
     assert "1 is worse (large" in verdict.headline(analysis)
 
