@@ -192,8 +192,11 @@ def csv_text(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return buffer.getvalue()
 
 
-_TEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}", "±": r"$\pm$", "−": "$-$", "α": r"$\alpha$", "µ": r"$\mu$", "×": r"$\times$", "<": r"$<$", ">": r"$>$"}  # fmt: skip
+_TEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "−": "$-$", "α": r"$\alpha$", "µ": r"$\mu$", "×": r"$\times$",
+    "<": r"$<$", ">": r"$>$",
+}  # fmt: skip
 
 
 def tex(table: Table) -> str:

@@ -55,7 +55,8 @@ def effects(analysis: Analysis) -> Chart | str:
     for v in found:
         assert v.effect is not None
         tone = "none" if not v.effect.shown else "worse" if analysis.worse(v) else "better"
-        note = f"{words.effect_words(v.effect)} {words.unit(analysis.metric)}, {words.seeds_words(v.effect.seeds)}, {'shown' if v.effect.shown else 'not shown'}"
+        told = "shown" if v.effect.shown else "not shown"
+        note = f"{words.effect_words(v.effect)} {words.unit(analysis.metric)}, {words.seeds_words(v.effect.seeds)}, {told}"
         items.append(Interval(name=plain(v.words), mean=v.effect.mean, low=v.effect.low, high=v.effect.high, tone=tone, note=note))
     better = "left" if analysis.lower_is_better else "right"
     label = f"{words.unit(analysis.metric)}, difference to the baseline ({better} is better)"
@@ -91,7 +92,8 @@ def loss_curves(analysis: Analysis, colours: dict[str, int | None]) -> Chart | s
     if not panels:
         return "Loss curves: no run has recorded any."
     begun = any(panel.from_x > 0 for panel in panels)
-    caption = f"{'Without the first tenth of training' if begun else 'Over training'}. Lines are means over seeds, bands reach from the lowest to the highest seed."
+    scope = "Without the first tenth of training" if begun else "Over training"
+    caption = f"{scope}. Lines are means over seeds, bands reach from the lowest to the highest seed."
     last = panels[-1]
     ends = "; ".join(f"{s.name} ends at {s.y[-1]:.4g}" for s in last.series[:12])
     return Chart(

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import tempfile
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -180,4 +181,10 @@ def _tokens(settings: dict[str, Any]) -> Any:
 def _state(parent: Tracked, runs: list[Run]) -> dict[str, Any]:
     """What state.json says, as far as MLflow knows it."""
     versions: dict[str, str] = next((run.summary["versions"] for run in runs if run.summary.get("versions")), {})
-    return {"state": parent.data.tags.get(schema.TAG_STATE, "running"), "commit": parent.data.tags.get(schema.TAG_COMMIT), "versions": versions}
+    times = (("started", parent.info.start_time), ("updated", parent.info.end_time))
+    written = {key: datetime.fromtimestamp(at / 1000, UTC).isoformat(timespec="seconds") for key, at in times if at}
+    return written | {
+        "state": parent.data.tags.get(schema.TAG_STATE, "running"),
+        "commit": parent.data.tags.get(schema.TAG_COMMIT),
+        "versions": versions,
+    }

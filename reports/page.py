@@ -168,7 +168,8 @@ def _setup(analysis: Analysis) -> list[str]:
     lines.append(f"Seeds {seeds}: the same seed sees the same tokens in the same order in every variant.")
     if cluster := record.study.get("cluster"):
         lines.append(
-            f"Simulated cluster: {safe(str(cluster['file']))}, {cluster['nodes']} nodes of {cluster['gpus_per_node']} GPUs, {cluster['tokens_per_device']} tokens per GPU, "
+            f"Simulated cluster: {safe(str(cluster['file']))}, {cluster['nodes']} nodes of {cluster['gpus_per_node']} GPUs, "
+            f"{cluster['tokens_per_device']} tokens per GPU, "
             f"hidden size {cluster['hidden_size']}, {cluster['dispatch_bits']}-bit dispatch and {cluster['combine_bits']}-bit combine."
         )
     sampler = (record.study.get("search") or {}).get("sampler", "one-factor")
@@ -179,7 +180,8 @@ def _setup(analysis: Analysis) -> list[str]:
     lines.append(f"Search: {safe(str(sampler))} over {space}.")
     if record.others:
         lines.append(
-            f"{len(record.others)} short runs chose settings for others ({', '.join(sorted({r.role for r in record.others}))}); they are no replicates."
+            f"{len(record.others)} short runs chose settings for others ({', '.join(sorted({r.role for r in record.others}))}); "
+            "they are no replicates."
         )
     return lines
 
@@ -188,8 +190,8 @@ def _configured(config: dict[str, Any]) -> list[str]:
     model, data, training = config["model"], config["data"], config["training"]
     attention, moe = model["attention"], model["moe"]
     routed = (
-        f"{moe['n_routed_experts']} routed experts of width {moe['moe_intermediate_size']} on {moe['expert_devices']} virtual devices, {moe['num_experts_per_tok']} "
-        f"used per token, {moe['n_shared_experts']} shared, first {moe['first_k_dense_replace']} layer(s) dense"
+        f"{moe['n_routed_experts']} routed experts of width {moe['moe_intermediate_size']} on {moe['expert_devices']} virtual devices, "
+        f"{moe['num_experts_per_tok']} used per token, {moe['n_shared_experts']} shared, first {moe['first_k_dense_replace']} layer(s) dense"
         if moe
         else "no experts"
     )
@@ -229,7 +231,8 @@ def _failures(analysis: Analysis) -> list[str]:
         reason = f": {safe(str(run.reason).strip().splitlines()[-1])}" if run.reason and str(run.reason).strip() else ""
         if not run.finished:
             rows.append(
-                f"`{run.name}` ({safe(run.variant)}, seed {run.seed}): {safe(run.state)}{f' ({safe(kind)})' if kind and kind != run.state else ''}{reason}"
+                f"`{run.name}` ({safe(run.variant)}, seed {run.seed}): {safe(run.state)}"
+                f"{f' ({safe(kind)})' if kind and kind != run.state else ''}{reason}"
             )
         elif kinds:
             rows.append(f"`{run.name}` ({safe(run.variant)}, seed {run.seed}): finished after {_counted(kinds)}")
@@ -273,5 +276,6 @@ def _provenance(analysis: Analysis) -> list[str]:
         f"Trained on: {safe('; '.join(devices)) or 'not recorded'}; {seconds / 3600:,.2f} hours of training in all",
         f"Times, of the store: {'; '.join(times) or 'not recorded'}",
         f"Data: {_data(record.data)}",
-        f"Reproduce: `python -m sweeps run {schema.STUDY_FILE}` with the file of this name beside the report, then `python -m reports build {record.name}`",
+        f"Reproduce: `python -m sweeps run {schema.STUDY_FILE}` with the file of this name beside the report, "
+        f"then `python -m reports build {record.name}`",
     ]

@@ -10,7 +10,7 @@ from research.errors import UserError
 from research.routing_trace import RoutingTrace, select_experts
 
 NODES = (1, 2, 4, 8)
-MOST_LIMITS = 6
+MOST_LIMITS = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -117,7 +117,10 @@ def load(root: Path) -> StudyRecord:
     """UserError if `root` is no study's root; DataError if nothing in it can be read."""
     path = root / schema.STUDY_FILE
     if not path.exists():
-        raise UserError(f"{root}: is no study's root (expected {schema.STUDY_FILE} and {schema.RUNS_DIRECTORY}/ in it)")
+        raise UserError(
+            f"{root}: is no study's root (expected {schema.STUDY_FILE} and {schema.RUNS_DIRECTORY}/ in it); "
+            "if it is gone, --mlflow URI reads the study there"
+        )
     text = path.read_text(encoding="utf-8")
     folders = sorted(path.parent for path in (root / schema.RUNS_DIRECTORY).glob(f"*/{schema.RUN_FILE}"))
     if not folders:

@@ -34,7 +34,8 @@ def svg(chart: Chart) -> str:
         title = f'<p class="panel-title">{escape(panel.title)}</p>' if panel.title else ""
         data = json.dumps(marks, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
         parts.append(
-            f'<div class="panel">{title}<div class="plot" tabindex="0" role="group" aria-label="{escape(chart.name)} {index + 1}: arrow keys read the values">'
+            f'<div class="panel">{title}<div class="plot" tabindex="0" role="group" '
+            f'aria-label="{escape(chart.name)} {index + 1}: arrow keys read the values">'
             f'<svg viewBox="0 0 {width} {height:.0f}" role="img" aria-label="{escape(label)}">{body}</svg></div>'
             f'<script type="application/json">{data}</script></div>'
         )

@@ -33,18 +33,18 @@ def quality(analysis: Analysis) -> Table:
         value = estimate(list(v.values.values()))
         cells = (
             v.words,
-            (f"{len(v.values)} of {len(v.runs)}", float(len(v.values))),
-            _estimated(value),
             told,
-            _p(v.effect.p_holm) if v.effect else ("", 1.0) if v.baseline else "none",
             _answer(analysis, v),
+            _p(v.effect.p_holm) if v.effect else ("", 1.0) if v.baseline else "none",
+            _estimated(value),
+            (f"{len(v.values)} of {len(v.runs)}", float(len(v.values))),
             _number(v.means.get(schema.KV_BYTES_PER_TOKEN), "{:,.0f}"),
             _number(v.means.get(schema.ACTIVATED_PARAMETERS), "{:,.0f}"),
             _number(v.means.get(schema.TOKENS_PER_SECOND), "{:,.0f}"),
         )
         rows.append((rank, cells))
     rows.sort(key=lambda row: row[0])
-    head = ("variant", "seeds", words.metric_name(analysis.metric), "difference to baseline", "p (Holm)", "verdict")
+    head = ("variant", "difference to baseline", "verdict", "p (Holm)", words.metric_name(analysis.metric), "seeds")
     return Table(
         name="effects",
         caption=f"Variants by their effect on {words.metric_name(analysis.metric)}",
@@ -107,8 +107,9 @@ def routing(analysis: Analysis) -> Table:
         caption="Routing at the end of training",
         head=("variant", *columns, "simulated all-to-all (µs)"),
         rows=tuple(rows),
-        note="Of the last recorded training batch, mean over layers and seeds. Violation is (largest load - mean) / mean, dropped the share of (token, "
-        "expert) assignments over a device's capacity; simulated time is dispatch and combine of one layer, routed as the trained model routes held-out text.",
+        note="Of the last recorded training batch, mean over layers and seeds. Violation is (largest load - mean) / mean, dropped the share of "
+        "(token, expert) assignments over a device's capacity; simulated time is dispatch and combine of one layer, routed as the trained "
+        "model routes held-out text.",
     )
 
 

@@ -91,7 +91,8 @@ def floor_sentences(analysis: Analysis) -> list[str]:
         found = ["The baseline has fewer than two finished seeds: there is no noise floor."]
     else:
         found = [
-            f"Noise floor: the baseline's standard deviation over {seeds_words(len(base.values))} is {analysis.floor:.{words.digits(analysis.floor)}f} {unit}"
+            f"Noise floor: the baseline's standard deviation over {seeds_words(len(base.values))} is "
+            f"{analysis.floor:.{words.digits(analysis.floor)}f} {unit}"
             + (f"; that of a difference paired by seed {analysis.spread:.{words.digits(analysis.spread)}f}." if analysis.spread is not None else ".")
         ]
     compared = [v.effect for v in analysis.compared if v.effect and v.effect.freedom]
