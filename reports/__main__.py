@@ -36,6 +36,9 @@ def build(
     effect: Annotated[
         list[float] | None, typer.Option(help="An effect, in the objective's unit, for which the needed seeds are asked; repeatable")
     ] = None,
+    publish: Annotated[
+        bool, typer.Option("--publish", help="With --mlflow: write the verdict into the study's run there, as tag moelab.verdict")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write a study's report: report.html, report.md, figures/, tables/, data/, manifest.json; by default into report/ in its root.
@@ -45,8 +48,14 @@ def build(
     """
     if any(size <= 0 for size in effect or []):
         raise typer.BadParameter(f"{min(effect or [])} must be > 0", param_hint="--effect")
+    if publish and mlflow is None:
+        raise typer.BadParameter("goes with --mlflow URI: it says where", param_hint="--publish")
     record, root = _record(study, mlflow)
     built = build_record(record, out or root / schema.REPORT_DIRECTORY, effect or ())
+    if publish and mlflow is not None:
+        from reports.mlflow_store import publish as publish_verdict  # noqa: PLC0415
+
+        publish_verdict(record.name, mlflow, verdict.headline(built.analysis))
     if as_json:
         print(json.dumps(built.to_dict(), ensure_ascii=False))
     else:

@@ -9,6 +9,8 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,16 +33,29 @@ from sweeps import schema
 for _logger in ("alembic", "mlflow"):
     logging.getLogger(_logger).setLevel(logging.ERROR)
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-TAG_RUN = "moelab.run"
+TAG_RUN, TAG_VERDICT = "moelab.run", "moelab.verdict"
 RECORDED = ("train/", "routing/", "validation/")
 
 
 def load(name: str, uri: str) -> StudyRecord:
     """DataError if the store cannot be reached, has no such study, or holds none of its runs."""
+    with _readable(name, uri):
+        return _load(MlflowClient(uri), name, uri)
+
+
+def publish(name: str, uri: str, sentence: str) -> None:
+    """Write a verdict into the study's parent run, where MLflow's pages show it.  DataError as in `load`."""
+    with _readable(name, uri):
+        client = MlflowClient(uri)
+        parent, _ = _family(client, name, uri)
+        client.set_tag(parent.info.run_id, TAG_VERDICT, sentence)
+
+
+@contextmanager
+def _readable(name: str, uri: str) -> Iterator[None]:
     try:
         _database_exists(uri)
-        client = MlflowClient(uri)
-        return _load(client, name, uri)
+        yield
     except DataError:
         raise
     except Exception as error:
@@ -57,7 +72,8 @@ def _database_exists(uri: str) -> None:
         raise DataError(f"{uri}: there is no such database")
 
 
-def _load(client: MlflowClient, name: str, uri: str) -> StudyRecord:
+def _family(client: MlflowClient, name: str, uri: str) -> tuple[Tracked, list[Tracked]]:
+    """The study's parent run and its children."""
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         known = sorted(e.name for e in client.search_experiments() if e.name != "Default")
@@ -68,7 +84,11 @@ def _load(client: MlflowClient, name: str, uri: str) -> StudyRecord:
         raise DataError(f"{uri}: experiment {name!r} has no run with the tag {schema.TAG_ROLE} = study")
     # A study that was begun anew has several parents; the last one counts, and its children alone.
     parent = max(parents, key=lambda t: (t.info.start_time, t.info.run_id))
-    children = [t for t in tracked if t.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    return parent, [t for t in tracked if t.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+
+
+def _load(client: MlflowClient, name: str, uri: str) -> StudyRecord:
+    parent, children = _family(client, name, uri)
     problems: list[Problem] = []
     with tempfile.TemporaryDirectory() as folder:
         study = _artifact(uri, parent, schema.STUDY_FILE, Path(folder))

@@ -26,6 +26,7 @@ LEVEL = 0.95
 POWER = 0.8
 OWN_SPREAD = 3
 RESAMPLES = 2000
+ROUNDING = 1e-13
 MOST_SEEDS = 1000
 Values = Mapping[int, float]
 """A variant's value by seed."""
@@ -93,7 +94,9 @@ def estimate(values: Sequence[float]) -> Estimate | None:
 def compare(baseline: Values, variants: Mapping[str, Values]) -> dict[str, Effect]:
     """Each variant minus the baseline; variants that share no seed with it are left out."""
     pairs = {name: np.array([values[s] - baseline[s] for s in sorted(values) if s in baseline]) for name, values in variants.items()}
-    pairs = {name: differences for name, differences in pairs.items() if len(differences)}
+    # What is left of equal numbers after rounding is no difference.
+    scale = ROUNDING * max((abs(value) for value in baseline.values()), default=0.0)
+    pairs = {name: np.where(abs(differences) <= scale, 0.0, differences) for name, differences in pairs.items() if len(differences)}
     block = _block_design(baseline, {name: variants[name] for name in pairs}) if any(len(d) < OWN_SPREAD for d in pairs.values()) else None
     floor = _typical([d for d in pairs.values() if len(d) >= OWN_SPREAD])
     resampled = _bootstrap(pairs)

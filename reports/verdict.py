@@ -5,6 +5,8 @@ from reports.analysis import Analysis, Variant
 from reports.words import join, seeds_words
 from sweeps import schema
 
+MOST_NAMED = 5
+
 
 def sentences(analysis: Analysis) -> list[str]:
     """One per variant, in the order of their effects; then those without one."""
@@ -56,7 +58,7 @@ def headline(analysis: Analysis) -> str:
     worse, better = ([v for v in told if analysis.worse(v) == flag] for flag in (True, False))
     diverged = [v for v in others if len(v.ended(schema.DIVERGED)) == len(v.runs)]
     groups = ((better, "better than the baseline"), (worse, "worse" if better else "worse than the baseline"))
-    parts = [f"{_are(len(group))} {word} ({'; '.join(_named(v) for v in group)})" for group, word in groups if group]
+    parts = [f"{_are(len(group))} {word} ({_listed(group)})" for group, word in groups if group]
     if diverged:
         parts.append(f"{len(diverged)} diverged on every seed ({'; '.join(v.words for v in diverged)})")
     rest = len(analysis.compared) - len(told)
@@ -70,15 +72,23 @@ def _are(count: int) -> str:
     return f"{count} {'is' if count == 1 else 'are'}"
 
 
+def _listed(group: list[Variant]) -> str:
+    """The MOST_NAMED that differ most."""
+    strongest = sorted(group, key=lambda v: -abs(v.effect.mean if v.effect else 0.0))[:MOST_NAMED]
+    more = f"; and {len(group) - len(strongest)} more" if len(group) > len(strongest) else ""
+    return "; ".join(_named(v) for v in group if v in strongest) + more
+
+
 def _named(variant: Variant) -> str:
     assert variant.effect is not None
     return f"{variant.words}: {words.effect_words(variant.effect)}"
 
 
 def _limit(analysis: Analysis) -> str:
-    halves = [v.effect.half for v in analysis.compared if v.effect and v.effect.half is not None and not v.effect.shown]
+    halves = [v.effect.half for v in analysis.compared if v.effect and v.effect.half and not v.effect.shown]
     if not halves:
-        return ""
+        single = all(v.effect is None or v.effect.seeds == 1 for v in analysis.compared)
+        return ": one seed gives no interval" if single and analysis.compared else ""
     low, high = min(halves), max(halves)
     size = f"{high:.{words.digits(high)}f}" if high - low < 0.02 * high else f"{low:.{words.digits(low)}f} to {high:.{words.digits(high)}f}"
     return f", with 95 % intervals of ± {size} {words.unit(analysis.metric)}"

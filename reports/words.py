@@ -29,6 +29,7 @@ SETTINGS = {
 }
 """The paper's symbols and plain names; another path goes by its last part."""
 
+NAMES = {schema.BITS_PER_BYTE: "bits per byte", schema.ALL_TO_ALL_SECONDS: "simulated all-to-all time", schema.KV_BYTES_PER_TOKEN: "KV cache"}
 UNITS = {
     schema.BITS_PER_BYTE: "bits per byte",
     schema.LOSS: "nats per token",
@@ -46,6 +47,8 @@ QUANTITIES = (
     (schema.ALL_TO_ALL_SECONDS, "simulated all-to-all time", "simulated all-to-all time"),
 )
 """What a variant may save; `sends` are the distinct devices that a token is sent to."""
+EXACT = 1e-9
+"""Half an interval relative to its mean, below which a value is one without a spread, as closed forms have."""
 WORTH_SAYING = 0.02
 """Relative change of a saving from which on a verdict names it; the tables hold all of them."""
 
@@ -60,7 +63,7 @@ def metric_name(metric: str) -> str:
     """`bits per byte (en)` for validation/bits_per_byte/en; else the last part of the name."""
     if metric.startswith(f"{schema.BITS_PER_BYTE}/"):
         return f"bits per byte ({metric.rsplit('/', maxsplit=1)[-1]})"
-    return "bits per byte" if metric == schema.BITS_PER_BYTE else metric.split("/", maxsplit=1)[-1].replace("_", " ")
+    return NAMES.get(metric, metric.split("/", maxsplit=1)[-1].replace("_", " "))
 
 
 def unit(metric: str) -> str:
@@ -105,10 +108,11 @@ def digits(scale: float) -> int:
 
 def plus_minus(mean: float, low: float | None, high: float | None, *, sign: bool = False) -> str:
     """`0.004 ± 0.006`; an interval that is not symmetrical is given by its ends."""
-    form = f"{{:{'+' if sign else ''}.{digits(mean if low is None or high is None else (high - low) / 2)}f}}"
+    half = None if low is None or high is None else (high - low) / 2
+    form = f"{{:{'+' if sign else ''}.{digits(mean / 10 if half is None else max(half, abs(mean) / 100))}f}}"
     if abs(mean) >= 1000:
         form = "{:+,.0f}" if sign else "{:,.0f}"
-    if low is None or high is None:
+    if low is None or high is None or half is None or half <= EXACT * abs(mean):
         return form.format(mean)
     if abs((high - mean) - (mean - low)) > 0.01 * (high - low):
         return f"{form.format(mean)} ({form.format(low)} to {form.format(high)})"
@@ -137,6 +141,8 @@ def join(parts: Sequence[str]) -> str:
 
 def cost(effect: Effect, against: str, metric: str, *, lower_is_better: bool) -> str:
     """`costs 0.004 ± 0.006 bits per byte against M = 3: no difference that 5 seeds can show`."""
+    if effect.mean == 0 and effect.low == effect.high == 0:
+        return f"has exactly the {metric_name(metric)} of {against}"
     worse = (effect.mean > 0) == lower_is_better
     if metric.startswith(schema.BITS_PER_BYTE):
         word = "costs" if worse else "gains"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 
 import planted
@@ -74,6 +75,23 @@ def test_the_same_analysis_and_page(tracked):
     assert "kv" in document.markdown(page(second, {}, dict.fromkeys(_figures(), ""))).lower()
     shutil.rmtree(root)
     assert to_dict(analyse(load_tracked("planted", uri))) == to_dict(first)
+
+
+def test_the_verdict_is_published_where_mlflow_shows_it(tracked, tmp_path, monkeypatch, capsys):
+    from mlflow import MlflowClient
+
+    from reports.__main__ import main
+
+    monkeypatch.setattr(sys, "argv", ["reports", "build", "planted", "--mlflow", tracked[1], "--publish", "--out", str(tmp_path / "out"), "--json"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 3  # a run failed
+    headline = json.loads(capsys.readouterr().out)["headline"]
+    client = MlflowClient(tracked[1])
+    runs = client.search_runs([client.get_experiment_by_name("planted").experiment_id], f"tags.`{schema.TAG_ROLE}` = 'study'")
+    assert [run.data.tags.get("moelab.verdict") for run in sorted(runs, key=lambda r: -r.info.start_time)] == [headline, None]
+    assert "KV latent = 16" in headline
+    assert (tmp_path / "out" / "report.html").exists()
 
 
 def _figures():

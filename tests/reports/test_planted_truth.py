@@ -12,6 +12,7 @@ from scipy import stats
 from reports import statistics, verdict
 from reports.analysis import analyse
 from reports.statistics import compare, holm
+from reports.words import plus_minus
 from sweeps import schema
 
 SEEDS = (0, 1, 2, 3, 4)
@@ -220,3 +221,36 @@ def test_the_interval_never_leaves_out_what_the_seeds_themselves_say():
     assert (found.low, found.high) == (pytest.approx(min(differences)), pytest.approx(max(differences)))
     assert (found.bootstrap_low, found.bootstrap_high) == (found.low, found.high)
     assert not found.shown
+
+
+@pytest.mark.parametrize(
+    ("mean", "low", "high", "words"),
+    [
+        (0.004, -0.002, 0.010, "+0.0040 ± 0.0060"),
+        (-1e-4, -1.1e-4, -0.9e-4, "-0.000100 ± 0.000010"),
+        (-1e-4, -1e-4, -1e-4, "-0.0001000"),
+        (0.5, 0.4, 0.9, "+0.5000 (+0.4000 to +0.9000)"),
+        (12345.6, 12000.0, 12691.2, "+12,346 ± 346"),
+        (0.25, None, None, "+0.2500"),
+    ],
+)
+def test_numbers_show_what_their_interval_allows(mean, low, high, words):
+    assert plus_minus(mean, low, high, sign=True) == words
+
+
+def test_fifty_worse_variants_do_not_fill_the_headline():
+    names = [f"v{i}" for i in range(50)]
+    values = planted.losses(["baseline", *names], (0, 1, 2), {n: 0.1 + 0.01 * i for i, n in enumerate(names)}, noise=0.001)
+    headline = verdict.headline(analyse(planted.record(values)))
+    assert "50 are worse than the baseline" in headline
+    assert "and 45 more" in headline
+    assert "v49" in headline
+    assert "v10" not in headline
+
+
+def test_one_seed_has_no_interval_and_says_so():
+    said, analysis = answers(planted.losses(["baseline", "a"], (0,), {"a": 0.5}))
+    assert "on one seed, which gives no interval" in said["a"]
+    values = planted.losses(["baseline", "a", "b"], (0,), {"a": 0.5})
+    assert verdict.headline(analyse(planted.record(values))) == "Of 2 variants none can be told from the baseline: one seed gives no interval."
+    assert not shown(analysis)
