@@ -131,9 +131,11 @@ class Driver:
         self.announce(f"{self.search.total} variants x {len(self.study.seeds)} seeds on {executor.workers} workers; root {self.root}")
         told_to_stop = False
         while True:
-            while not self.stopping and executor.free() and (run := self._next()):
+            turn = time.monotonic() + TURN_SECONDS
+            while not self.stopping and executor.free() and time.monotonic() < turn and (run := self._next()):
                 executor.start(self._job(run))
-            for event in executor.poll(TURN_SECONDS):
+            more = not self.stopping and executor.free() and self.queue
+            for event in executor.poll(0.0 if more else TURN_SECONDS):
                 self._take(event)
             if self.stopping and not told_to_stop:
                 executor.request_stop()
