@@ -270,7 +270,8 @@ def ui(
     if optuna and study is None:
         raise typer.BadParameter("--optuna shows one study's search: name it", param_hint="STUDY")
     commands = [mlflow_command(port)]
-    print(f"MLflow on {tracking_uri()}: http://127.0.0.1:{port}   (Ctrl-C ends it)", flush=True)
+    # MLflow opens on its pages for language-model traces unless it is told otherwise.
+    print(f"MLflow on {tracking_uri()}: http://127.0.0.1:{port}/#/experiments?workflowType=machine_learning   (Ctrl-C ends it)", flush=True)
     if optuna and study is not None:
         root = study_root(study)
         commands.append(optuna_command(root, optuna_port))

@@ -22,6 +22,7 @@ from research.configfile import load_run_config
 from research.routing_trace import RoutingTrace
 from sims import AllToAll, Result, reroute, simulate
 from sweeps import schema
+from sweeps.system_metrics import sampled
 
 LOCK_SECONDS = 60.0
 SAY_SECONDS = 15.0
@@ -53,7 +54,7 @@ def call(job: Job, should_stop: Callable[[], bool], say: Callable[[str], None]) 
     directory.mkdir(parents=True, exist_ok=True)
     module, _, name = job.function.partition(":")
     try:
-        with FileLock(directory / ".lock", timeout=LOCK_SECONDS):
+        with FileLock(directory / ".lock", timeout=LOCK_SECONDS), sampled(directory):
             found = getattr(importlib.import_module(module), name)(job.config, directory, _sayer(say), should_stop)
             metrics = dict(found["metrics"])
             if found["state"] == schema.FINISHED and job.all_to_all is not None:
