@@ -406,6 +406,16 @@ class RunConfig:
         )
 
     @property
+    def micro_batches_add_up(self) -> bool:
+        """Whether a smaller micro-batch gives the same gradient of the global batch, up to rounding.  It does not where something is
+        defined over the tokens of one pass: token dropping, balance over a batch, experts used by chance."""
+        moe = self.model.moe
+        if moe is None:
+            return True
+        balanced = moe.balance.expert or moe.balance.device or moe.balance.communication
+        return moe.capacity_factor is None and moe.second_expert == "always" and not (moe.balance.scope == "batch" and balanced)
+
+    @property
     def steps(self) -> int:
         """Optimizer steps: as many whole batches as it takes to see `train_tokens` tokens."""
         return self.schedule.steps

@@ -287,7 +287,10 @@ def export(
     metrics: Annotated[Path | None, typer.Option(metavar="FILE", help="Also every record of every run, one row per (run, step, metric)")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json")] = False,
 ) -> None:
-    """One row per run: its settings, how it ended, its final metrics.  Example: python -m sweeps export quickstart --out runs.csv --metrics curves.parquet"""
+    """One row per run: its settings, how it ended, its final metrics.
+
+    Example: python -m sweeps export quickstart --out runs.csv --metrics curves.parquet
+    """
     from sweeps import export as table
 
     root = study_root(study)
@@ -333,7 +336,8 @@ def _root(study: "Study", root: Path | None) -> Path:
 
 
 def _executor(name: str, study: "Study", runs: int) -> "Executor":
-    from sweeps.executors import InlineExecutor, RayExecutor
+    from sweeps.cluster import RayExecutor
+    from sweeps.executors import InlineExecutor
 
     return InlineExecutor() if name == "inline" else RayExecutor(study.resources, runs)
 

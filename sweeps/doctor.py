@@ -107,7 +107,7 @@ def _requirements() -> tuple[list[str], str]:
         if project.get("name") == "moelab":
             return project["dependencies"], project.get("requires-python", "")
     try:
-        return list(metadata.requires("moelab") or []), str(metadata.metadata("moelab").get("Requires-Python", ""))
+        return list(metadata.requires("moelab") or []), str(metadata.metadata("moelab")["Requires-Python"] or "")
     except metadata.PackageNotFoundError:
         return [], ""
 

@@ -6,14 +6,10 @@ goes on from its checkpoint under its number.
 
 import json
 import os
-import platform
 import signal
-import subprocess
-import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +17,23 @@ import yaml
 from optuna.trial import Trial
 
 from research import config as run_config
-from research.atomic import write_text
+from research.atomic import NO_ROOM, write_text
+from research.configfile import load_run_config
 from research.data.prepare import prepare
-from research.errors import ConfigError
+from research.errors import ConfigError, DiskFull
 from sweeps import schema
+from sweeps.book import RUNNING, WAITING, Book, OpenRun, read_json
+from sweeps.control import asked_workers
 from sweeps.executors import Event, Executor
+from sweeps.failures import Failure, was_reset
+from sweeps.identity import commit, refuse_another_study
 from sweeps.lease import lease
+from sweeps.outbox import Outbox
 from sweeps.search import Search
 from sweeps.study import Study, label
 from sweeps.tracking import Tracker, tracking_uri
-from sweeps.trial import Job, failed_summary, write_summary
+from sweeps.trial import Job, accepts, failed_summary, write_summary
 
-ATTEMPTS_FILE = "attempts.json"
-MAX_ATTEMPTS = 3
-"""Workers that a run may lose.  A start after a stop or after the driver's own death is not charged."""
 TURN_SECONDS = 0.2
 STATE_SECONDS = 2.0
 SYNC_SECONDS = 5.0
@@ -55,27 +54,41 @@ class Driver:
         self.study, self.root, self.announce, self.function = study, root, announce, function
         self.make_executor = executor
         self.commit = commit()
-        self.runs: dict[str, dict[str, Any]] = {}
-        self.states: dict[str, dict[str, Any]] = {}
         self.trials: dict[int, Trial] = {}
-        self.queue: list[str] = []
+        self.again: set[int] = set()
+        """Trials that Optuna was told of, some of whose runs were put back."""
+        self.queue: deque[str] = deque()
+        self.paused: list[tuple[float, str]] = []
+        """When each run goes back to the queue."""
         self.stopping = False
         self.halt: str | None = None
-        self._sending: threading.Thread | None = None
-        self._was_behind: str | None = None
-        self.started = datetime.now(UTC).isoformat(timespec="seconds")
+        self._alike: list[Failure] = []
+        self._wrote = self._synced = 0.0
 
     def run(self) -> str:
-        """Until everything is done, or until a signal asks to stop.  StudyBusyError, ConfigError, DataError."""
+        """Until everything is done, or until a signal asks to stop.  StudyBusyError, ConfigError, DataError, DiskFull."""
         self.root.mkdir(parents=True, exist_ok=True)
         with lease(self.root):
-            self._refuse_another_study()
+            refuse_another_study(self.study, self.root)
+            self._refuse_groups()
+            (self.root / schema.CONTROL_FILE).unlink(missing_ok=True)
             previous = self._take_signals()
             try:
                 return self._drive()
+            except OSError as error:
+                if error.errno not in NO_ROOM:
+                    raise
+                raise DiskFull(f"{self.root}: {os.strerror(error.errno)}; make room and run the study again: it goes on") from error
             finally:
                 for number, handler in previous.items():
                     signal.signal(number, handler)
+
+    def _refuse_groups(self) -> None:
+        each = self.study.resources.workers_per_trial
+        if each > 1 and not accepts(self.function, "group"):
+            raise ConfigError(
+                f"resources.workers_per_trial = {each}: {self.function} trains a run in one worker (it has no parameter `group`); must be 1 for it"
+            )
 
     def _drive(self) -> str:
         # The text comes first: whatever is wrong with it, the root does not keep a study that never ran.
@@ -84,7 +97,9 @@ class Driver:
             self._prepare()
         write_text(self.root / schema.STUDY_FILE, yaml.safe_dump(run_config.to_dict(self.study), sort_keys=False, allow_unicode=True))
         self.search = Search(self.study, self.root)
-        self.tracker = Tracker(self.study, self.root, self.commit)
+        self.book = Book(self.root, self.search.total * len(self.study.seeds), {"study": self.study.name, "commit": self.commit})
+        self.outbox = Outbox(Tracker(self.study, self.root, self.commit), self.book, self.announce)
+        self._open_again()
         if not (self.search.left or self.queue):
             self.announce("every run has ended already")
             return self._end()
@@ -92,7 +107,7 @@ class Driver:
             self._prepare()
         self._write_state("running")
         try:
-            executor = self.make_executor(self.study, self.search.total * len(self.study.seeds))
+            executor = self.make_executor(self.study, self.book.planned)
         except SystemExit:
             # Ray's own handler of SIGTERM, which is in place while it starts.
             self.stopping = True
@@ -112,36 +127,55 @@ class Driver:
         write_text(self.root / schema.DATA_FILE, json.dumps(about, indent=1, ensure_ascii=False))
 
     def _loop(self, executor: Executor) -> str:
+        self.book.workers = executor.workers
         self.announce(f"{self.search.total} variants x {len(self.study.seeds)} seeds on {executor.workers} workers; root {self.root}")
         told_to_stop = False
-        wrote = synced = 0.0
         while True:
             while not self.stopping and executor.free() and (run := self._next()):
                 executor.start(self._job(run))
-            for event in executor.poll():
+            for event in executor.poll(TURN_SECONDS):
                 self._take(event)
             if self.stopping and not told_to_stop:
                 executor.request_stop()
                 told_to_stop = True
                 self.announce("stopping: every run writes a checkpoint first")
-            now = time.monotonic()
-            if now - wrote > STATE_SECONDS:
-                self._write_state("running")
-                wrote = now
-            if now - synced > SYNC_SECONDS:
-                self._sync()
-                synced = now
-            running = any(s["state"] == "running" for s in self.states.values())
-            if not running and (self.stopping or not (self.queue or self._fill())):
+            self._now_and_then(executor)
+            if not self.book.running and (self.stopping or not (self.queue or self.paused or self._fill())):
                 break
-            time.sleep(TURN_SECONDS)
         return self._end()
+
+    def _now_and_then(self, executor: Executor) -> None:
+        """What is due by the clock: the state, MLflow, another number of workers."""
+        now = time.monotonic()
+        if now - self._wrote > STATE_SECONDS:
+            self.book.workers = executor.workers
+            self._write_state("running")
+            if (workers := asked_workers(self.root)) is not None:
+                executor.resize(workers)
+            self._wrote = now
+        if now - self._synced > SYNC_SECONDS:
+            self.outbox.send()
+            self._synced = now
+
+    # --- what is next ---------------------------------------------------------------------------------------------------------
+
+    def _open_again(self) -> None:
+        """Runs that `reset_runs` put back, of trials that Optuna was told of; those of open trials come with their trial."""
+        for path in sorted((self.root / schema.RUNS_DIRECTORY).glob(f"*/{schema.RUN_FILE}")):
+            about = read_json(path) if was_reset(path.parent) else None
+            if about is not None and self.search.was_told(about["trial"]):
+                self.again.add(about["trial"])
+                self.book.plan(path.parent.name, about)
+                self.queue.append(path.parent.name)
 
     def _next(self) -> str | None:
         """A run to start: of the trials asked for already, or of a newly asked one."""
+        now = time.monotonic()
+        self.queue.extendleft(run for at, run in self.paused if at <= now)
+        self.paused = [(at, run) for at, run in self.paused if at > now]
         if not self.queue:
             self._fill()
-        return self.queue.pop(0) if self.queue else None
+        return self.queue.popleft() if self.queue else None
 
     def _fill(self) -> bool:
         """Ask for trials until one has a run to do; trials that the root already finished are told at once."""
@@ -176,189 +210,157 @@ class Driver:
             "config_id": run_config.config_id(config),
             "commit": self.commit,
         }
-        summary = _json(directory / schema.SUMMARY_FILE)
         if not (directory / schema.RUN_FILE).exists():
             write_text(directory / schema.CONFIG_FILE, json.dumps(run_config.to_dict(config), indent=1))
             write_text(directory / schema.RUN_FILE, json.dumps(about, indent=1))
-        self.runs[run] = about
-        counted = _json(directory / ATTEMPTS_FILE)
-        self.states[run] = {"state": "waiting", "attempts": counted.get("attempts", 0), "deaths": counted.get("deaths", 0), "reason": None}
+        self.book.plan(run, about)
+        summary = self.book.summary(run)
         # A trial that was not told yet is not done: what failed in it gets another chance (a bug may have been mended meanwhile).
         if summary and summary["state"] not in (schema.STOPPED, schema.FAILED):
-            self.states[run] = {"state": summary["state"], "attempts": summary["attempts"], "reason": summary["reason"]}
+            self.book.end(run, summary)
         else:
             self.queue.append(run)
 
     def _job(self, run: str) -> Job:
-        directory = self.root / schema.RUNS_DIRECTORY / run
-        state, config = self.states[run], _json(directory / schema.CONFIG_FILE)
-        state |= {"state": "running", "attempts": state["attempts"] + 1, "reason": None}
-        _count(directory, state)
+        now = self.book.open[run]
+        config = read_json(now.directory / schema.CONFIG_FILE)
+        attempt = now.attempts.begin()
+        now.state, now.reason, now.failure = RUNNING, None, None
         # How an earlier attempt ended is not how this one does.
-        (directory / schema.SUMMARY_FILE).unlink(missing_ok=True)
+        (now.directory / schema.SUMMARY_FILE).unlink(missing_ok=True)
         spec = None
         if config["model"]["moe"] is not None:
-            whole = self.study.run_config(self.runs[run]["parameters"], self.runs[run]["seed"])
-            spec = run_config.to_dict(self.study.all_to_all(whole))
-        self.announce(f"{run} starts: {self.runs[run]['variant']}, seed {self.runs[run]['seed']}")
+            spec = run_config.to_dict(self.study.all_to_all(load_run_config(config, str(now.directory / schema.CONFIG_FILE))))
+        again = f", attempt {attempt}" if attempt > 1 else ""
+        self.announce(f"{run} starts: {now.about['variant']}, seed {now.about['seed']}{again}")
         return Job(
             run=run,
-            directory=str(directory),
+            directory=str(now.directory),
             config=config,
             all_to_all=spec,
-            attempt=state["attempts"],
+            attempt=attempt,
             threads=self.study.resources.cpus_per_worker,
             function=self.function,
+            micro_batch_size=now.attempts.last["micro_batch_size"],
         )
 
+    # --- what happened --------------------------------------------------------------------------------------------------------
+
     def _take(self, event: Event) -> None:
-        state, directory = self.states[event.run], self.root / schema.RUNS_DIRECTORY / event.run
-        if event.kind == "said":
+        if event.kind == "workers":
+            self.announce(event.text)
+            return
+        run = self.book.open[event.run]
+        if event.kind == "started" and event.place is not None:
+            run.attempts.last.update(node=event.place.host, pid=event.place.pid)
+        elif event.kind == "record" and event.record is not None:
+            run.attempts.last["step"] = int(event.record["step"])
+        elif event.kind == "said":
             self.announce(f"{event.run} {event.text}")
+        elif event.kind == "failed" and event.failure is not None:
+            self._failed(event.run, run, event.failure)
+        elif event.kind == "done" and event.summary is not None:
+            failure = Failure(kind=schema.DIVERGED, text=str(event.summary["reason"])) if event.summary["state"] == schema.DIVERGED else None
+            run.attempts.last["step"] = event.summary["steps"]
+            run.attempts.end(event.summary["state"], failure)
+            if event.summary["state"] == schema.STOPPED and not self.stopping:
+                self._put_back(event.run, "its worker was taken away; goes on from its checkpoint")
+                return
+            self._ended(event.run, event.summary)
+
+    def _failed(self, name: str, run: OpenRun, failure: Failure) -> None:
+        """An attempt is over without a summary: another follows, or the run is given up."""
+        self.book.lost[failure.kind] += 1
+        verdict = run.attempts.fail(failure, self.function)
+        if verdict.again:
+            self._put_back(name, f"{failure.kind} ({failure.line}); {verdict.said}", verdict.pause)
             return
-        if event.kind == "died" and self.stopping:
-            state["state"] = "waiting"
-            return
-        if event.kind == "died":
-            state["deaths"] += 1
-            _count(directory, state)
-        if event.kind == "died" and state["deaths"] < MAX_ATTEMPTS:
-            self.announce(f"{event.run} worker died ({event.text}); attempt {state['attempts'] + 1} goes on from the last checkpoint")
-            state["state"] = "waiting"
-            self.queue.insert(0, event.run)
-            return
-        if event.kind in ("died", "error"):
-            summary = failed_summary(event.text, state["attempts"])
-            write_summary(directory, summary)
-        else:
-            assert event.summary is not None
-            summary = event.summary
-        state |= {"state": summary["state"], "reason": summary["reason"]}
-        value = summary["metrics"].get(self.study.objectives[0].metric)
-        shown = f", {self.study.objectives[0].metric} {value:.4g}" if value is not None and summary["state"] == schema.FINISHED else ""
+        text = f"{failure.text}\n{verdict.said}" if verdict.said else failure.text
+        summary = failed_summary(text, len(run.attempts.all), failure.kind)
+        write_summary(run.directory, summary)
+        self._alike.append(failure)
+        self._ended(name, summary)
+
+    def _put_back(self, name: str, why: str, pause: float = 0.0) -> None:
+        self.book.open[name].state = WAITING
+        self.announce(f"{name} {why}")
+        if pause:
+            self.paused.append((time.monotonic() + pause, name))
+        elif not self.stopping:
+            self.queue.appendleft(name)
+
+    def _ended(self, name: str, summary: dict[str, Any]) -> None:
+        self.book.end(name, summary)
+        metric = self.study.objectives[0].metric
+        value = summary["metrics"].get(metric)
+        shown = f", {metric} {value:.4g}" if value is not None and summary["state"] == schema.FINISHED else ""
         reason = f": {str(summary['reason']).strip().splitlines()[-1]}" if summary["reason"] else ""
-        self.announce(f"{event.run} {summary['state']}{shown}{reason}  ({self._done()} of {self.search.total * len(self.study.seeds)} runs)")
-        if summary["state"] != schema.STOPPED:
-            self._tell_if_done(self.runs[event.run]["trial"])
+        self.announce(f"{name} {summary['state']}{shown}{reason}  ({self.book.done} of {self.book.planned} runs)")
+        trial = self.book.open[name].about["trial"]
         self._halt_if_all_fail()
+        if summary["state"] != schema.STOPPED:
+            self._tell_if_done(trial)
 
     def _tell_if_done(self, number: int) -> None:
         """Tell Optuna of a trial whose runs have all ended.
 
-        As long as nothing has finished, failures are kept back: should the study be halted for a bug,
+        As long as nothing is learnt, failures are kept back: should the study be halted for a bug,
         its trials are still open and are trained when it is run again.
         """
-        runs = [run for run, about in self.runs.items() if about["trial"] == number]
-        ended = [self.states[run]["state"] for run in runs]
-        if number not in self.trials or any(s not in schema.STATES or s == schema.STOPPED for s in ended):
+        runs = self.book.of_trial(number).values()
+        if not (number in self.trials or number in self.again) or not all(run.ended for run in runs):
             return
-        if schema.FAILED in ended and not any(s["state"] in (schema.FINISHED, schema.DIVERGED) for s in self.states.values()):
+        if any(run.state == schema.FAILED for run in runs) and not self.book.learnt:
             return
         self._tell(number)
 
     def _tell(self, number: int) -> None:
-        runs = [run for run, about in self.runs.items() if about["trial"] == number]
-        self.search.tell(self.trials.pop(number), [_json(self.root / schema.RUNS_DIRECTORY / run / schema.SUMMARY_FILE) for run in runs])
+        if number in self.again:
+            self.again.discard(number)
+            names = [f"{number:03d}-{seed}" for seed in self.study.seeds]
+            self.search.amend(number, [summary for name in names if (summary := self.book.summary(name))])
+        else:
+            self.search.tell(self.trials.pop(number), [self.book.summary(name) for name in self.book.of_trial(number)])
+        self.book.close(number, self.study.objectives[0])
 
     def _halt_if_all_fail(self) -> None:
-        """When the first runs all fail with the same last line it is the study that is wrong."""
-        ended = [s for s in self.states.values() if s["state"] in schema.STATES]
-        last = {str(s["reason"]).strip().splitlines()[-1] for s in ended if s["state"] == schema.FAILED}
-        if len(ended) >= ALIKE_FAILURES and all(s["state"] == schema.FAILED for s in ended) and len(last) == 1:
-            self.halt = f"the first {len(ended)} runs failed alike: {last.pop()}"
+        """When the first runs all fail alike it is the study that is wrong."""
+        if self.halt or self.book.learnt or len(self._alike) < min(ALIKE_FAILURES, self.book.planned):
+            return
+        # A bug shows in its last line; of what is lost no two texts are the same.
+        kinds = {(failure.kind, failure.line if failure.kind == schema.BUG else "") for failure in self._alike}
+        if len(kinds) == 1:
+            first = self._alike[0]
+            self.halt = f"the first {len(self._alike)} runs failed alike: {first.line}"
+            self.announce(f"the failure in full:\n{first.text.strip()}")
             self.queue.clear()
+            self.paused.clear()
 
-    def _done(self) -> int:
-        return sum(s["state"] in schema.STATES and s["state"] != schema.STOPPED for s in self.states.values())
-
-    def _sync(self, *, final: bool = False) -> None:
-        """Send what is new to MLflow, beside the loop: a server that is away blocks its client for seconds, never a run."""
-        if self._sending is not None and (final or not self._sending.is_alive()):
-            self._sending.join()
-            self._sending = None
-        if final:
-            self.tracker.sync(self.runs, final=True)
-        elif self._sending is None:
-            self._sending = threading.Thread(target=self.tracker.sync, args=(dict(self.runs),), daemon=True, name="mlflow")
-            self._sending.start()
-        behind = self.tracker.behind
-        if behind and not self._was_behind:
-            self.announce(f"MLflow cannot be reached ({behind}); training goes on, what is missing is sent later")
-        elif self._was_behind and not behind:
-            self.announce("MLflow is back; everything has been sent")
-        self._was_behind = behind
+    # --- what is told of it ---------------------------------------------------------------------------------------------------
 
     def _end(self) -> str:
-        failed = [run for run, s in self.states.items() if s["state"] in (schema.FAILED, schema.DIVERGED)]
-        planned = self.search.total * len(self.study.seeds)
         if not self.halt and not self.stopping:
-            for number in sorted(self.trials):
+            for number in sorted({*self.trials, *self.again}):
                 self._tell(number)
         if self.halt:
             state = "finished-with-failures"
             self.announce(f"stopped early: {self.halt}; mend it and run the study again: these runs are tried anew")
-        elif self.stopping and self._done() < planned:
+        elif self.stopping and self.book.done < self.book.planned:
             state = schema.STOPPED
         else:
-            state = "finished-with-failures" if failed else "finished"
-        # Ended runs are few; the last turn must not be skipped because an earlier one failed.
-        self._known_runs()
-        self._sync(final=True)
-        self.tracker.finish(state, self._note(state))
+            state = "finished-with-failures" if self.book.failures.total() else "finished"
+        self.outbox.finish(state)
         self._write_state(state)
         return state
 
-    def _known_runs(self) -> None:
-        """Runs of an earlier driver that this one did not have to touch."""
-        for path in sorted((self.root / schema.RUNS_DIRECTORY).glob(f"*/{schema.RUN_FILE}")):
-            summary = _json(path.with_name(schema.SUMMARY_FILE))
-            if path.parent.name not in self.runs and summary:
-                self.runs[path.parent.name] = _json(path)
-                self.states[path.parent.name] = {"state": summary["state"], "attempts": summary["attempts"], "reason": summary["reason"]}
-
-    def _note(self, state: str) -> str:
-        metric = self.study.objectives[0].metric
-        table: dict[str, list[float]] = {}
-        for run, about in self.runs.items():
-            value = _json(self.root / schema.RUNS_DIRECTORY / run / schema.SUMMARY_FILE).get("metrics", {}).get(metric)
-            if value is not None:
-                table.setdefault(about["variant"], []).append(value)
-        rows = [
-            f"| {variant} | {sum(v) / len(v):.4f} | {len(v)} |" for variant, v in sorted(table.items(), key=lambda item: sum(item[1]) / len(item[1]))
-        ]
-        return "\n".join([f"# {self.study.question}", "", f"State: {state}.", "", f"| variant | mean {metric} | seeds |", "|---|---|---|", *rows])
-
-    def _refuse_another_study(self) -> None:
-        """Refuse a study that differs from the one in the root in more than its means; a root in which nothing ran binds nobody."""
-        path, now = self.root / schema.STUDY_FILE, run_config.to_dict(self.study)
-        if not any((self.root / schema.RUNS_DIRECTORY).glob(f"*/{schema.RUN_FILE}")):
-            for name in (schema.JOURNAL_FILE, schema.DATA_FILE):
-                (self.root / name).unlink(missing_ok=True)
-        elif path.exists():
-            before = yaml.safe_load(path.read_text(encoding="utf-8"))
-            changed = [d for d in run_config.differences(before, now) if not d.startswith(("resources.", "search.trials"))]
-            if changed:
-                raise ConfigError(
-                    f"{path}: is of another study; changed since: {'; '.join(changed)}. Give it another name or --root, or remove the root"
-                )
-
     def _write_state(self, state: str) -> None:
-        self._known_runs()
-        about = {
-            "schema": schema.SCHEMA_VERSION,
-            "study": self.study.name,
-            "state": state,
-            "started": self.started,
-            "updated": datetime.now(UTC).isoformat(timespec="seconds"),
-            "runs": dict(sorted(self.states.items())),
-            "planned": self.search.total * len(self.study.seeds),
-            "mlflow_tracking_uri": tracking_uri(),
-            "mlflow_behind": self.tracker.behind,
-            "commit": self.commit,
-            "versions": {name: version(name) for name in ("torch", "ray", "optuna", "mlflow", "simpy", "numpy", "tokenizers")}
-            | {"python": platform.python_version()},
-        }
-        write_text(self.root / schema.STATE_FILE, json.dumps(about, indent=1))
+        try:
+            self.book.write_state(state, {"mlflow_tracking_uri": tracking_uri(), "mlflow_behind": self.outbox.behind})
+        except OSError as error:
+            # What the state says stands in the runs too; a full disk is said by whatever needs the room.
+            if error.errno not in NO_ROOM:
+                raise
+            self.announce(f"{self.root / schema.STATE_FILE}: {os.strerror(error.errno)}")
 
     def _take_signals(self) -> dict[int, Any]:
         """After Ray's start, which installs its own."""
@@ -367,27 +369,3 @@ class Driver:
             self.stopping = True
 
         return {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-
-
-def commit() -> str:
-    """The commit that runs: from the submitter's environment in a Ray job, which has no .git, else from git."""
-    if given := os.environ.get("MOELAB_COMMIT"):
-        return given
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
-        )
-    except OSError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"
-
-
-def _count(directory: Path, state: dict[str, Any]) -> None:
-    write_text(directory / ATTEMPTS_FILE, json.dumps({"attempts": state["attempts"], "deaths": state["deaths"]}))
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return value

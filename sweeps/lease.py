@@ -15,6 +15,8 @@ from research.errors import UserError
 
 LOCK_FILE = ".driver.lock"
 DRIVER_FILE = "driver.json"
+LOOK_SECONDS = 1.0
+"""`is_driven` holds the lock for an instant; a driver that starts then is not refused for it."""
 
 
 class StudyBusyError(UserError):
@@ -26,7 +28,7 @@ def lease(root: Path) -> Iterator[None]:
     """One driver per study: the lock goes with the process, however it ends."""
     lock = FileLock(root / LOCK_FILE)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=LOOK_SECONDS)
     except Timeout:
         holder = holder_of(root)
         raise StudyBusyError(

@@ -4,13 +4,15 @@ A study's root directory holds
 
     study.yaml            the study as it was run, with everything resolved
     study.journal         Optuna's storage
-    state.json            progress of the study, rewritten atomically
+    state.json            progress of the study, rewritten atomically: counts, what runs now, and the last runs that ended
+    control.json          what the driver was asked while it ran: the number of workers
     data.json             DATA_KEYS: the prepared text that all runs share
     runs/<run>/           one directory per (variant, seed), <run> = "<trial>-<seed>"
         run.json          RUN_KEYS: what the run is
         config.json       the resolved research.config.RunConfig
         metrics.jsonl     one object per record: "step", "tokens" and metrics by name
         summary.json      SUMMARY_KEYS: how it ended
+        attempts.json     a list of ATTEMPT_KEYS: every attempt at it, with how each ended
         routing.npz       research.routing_trace.RoutingTrace
         simulation.json   what the cluster model answered for it
         system.jsonl      samples of its process and machine: "time", "sample" and system/* by name
@@ -39,14 +41,36 @@ SUMMARY_FILE: Final = "summary.json"
 ROUTING_FILE: Final = "routing.npz"
 SIMULATION_FILE: Final = "simulation.json"
 SYSTEM_FILE: Final = "system.jsonl"
+ATTEMPTS_FILE: Final = "attempts.json"
+CONTROL_FILE: Final = "control.json"
 CHECKPOINT_DIRECTORY: Final = "checkpoint"
 
 RUN_KEYS: Final = ("schema", "run", "study", "trial", "variant", "seed", "baseline", "parameters", "config_id", "commit")
 """`parameters` maps each searched path (`model.moe.device_limit`) to its value; `variant` is a short
 readable label of them, the same for all seeds; `baseline` is true for the study's named baseline."""
 
-SUMMARY_KEYS: Final = ("schema", "state", "reason", "steps", "tokens", "seconds", "attempts", "metrics", "versions", "device")
-"""`state` is one of STATES, `reason` a sentence or null, `metrics` the final value of each metric."""
+SUMMARY_KEYS: Final = ("schema", "state", "reason", "steps", "tokens", "seconds", "attempts", "metrics", "versions", "device", "failure")
+"""`state` is one of STATES, `reason` a sentence or null, `metrics` the final value of each metric, `failure` one of FAILURE_CLASSES or null."""
+
+ATTEMPT_KEYS: Final = (
+    "attempt",
+    "state",
+    "failure",
+    "text",
+    "started",
+    "seconds",
+    "step",
+    "node",
+    "pid",
+    "micro_batch_size",
+    "next_micro_batch_size",
+    "charged",
+    "forgiven",
+)
+"""`state` is one of STATES, or `running`, `lost` (its worker failed, and another attempt follows) or `interrupted` (its driver was
+gone); `failure` one of FAILURE_CLASSES or null; `step` the last that was recorded; `micro_batch_size` null for the configuration's
+own, `next_micro_batch_size` that of the attempt that follows; `charged` whether it counts against the run's tries; `forgiven` by a
+later `retry`."""
 
 DATA_KEYS: Final = ("schema", "data_id", "corpus", "vocab_size", "domains", "identity", "split")
 """`domains` maps each domain to its sizes in bytes, tokens and blocks; `identity` holds what the text depends on: the archives'
@@ -58,6 +82,21 @@ PRUNED: Final = "pruned"
 FAILED: Final = "failed"
 STOPPED: Final = "stopped"
 STATES: Final = (FINISHED, DIVERGED, PRUNED, FAILED, STOPPED)
+
+# Why an attempt failed.
+BUG: Final = "bug"
+"""The run's own error: not tried again by itself."""
+OUT_OF_MEMORY: Final = "out-of-memory"
+"""Of the host or of a GPU: tried again with half the micro-batch, down to one sequence."""
+DIED: Final = "died"
+"""The worker's process is gone: tried three times."""
+NODE: Final = "node"
+"""The machine is gone: tried again, not charged."""
+HANG: Final = "hang"
+"""The worker answered no more, or made no progress: three tries."""
+DISK: Final = "disk"
+"""No room for a file: three tries, after a pause."""
+FAILURE_CLASSES: Final = (BUG, OUT_OF_MEMORY, DIED, NODE, HANG, DIVERGED, DISK)
 
 # Metrics over steps (metrics.jsonl and MLflow).
 LOSS: Final = "train/loss"

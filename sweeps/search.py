@@ -110,6 +110,27 @@ class Search:
         self._in_vain = 0
         self._optuna.tell(trial, [sum(column) / len(column) for column in columns])
 
+    def was_told(self, number: int) -> bool:
+        """Whether this trial has ended for Optuna."""
+        return any(t.number == number and t.state.is_finished() for t in self._optuna.get_trials(deepcopy=False))
+
+    def amend(self, number: int, summaries: Sequence[dict[str, Any]]) -> None:
+        """Runs of a trial that was told were tried again.  What is told stays told: the sampler learns of the new outcome by another
+        trial of the same cell, which counts as a repetition."""
+        first = next(t for t in self._optuna.get_trials(deepcopy=False) if t.number == number)
+        finished = [s["metrics"] for s in summaries if s["state"] == schema.FINISHED]
+        columns = [[m[o.metric] for m in finished if o.metric in m] for o in self.study.objectives]
+        if len(finished) < len(summaries) or any(len(column) != len(finished) for column in columns):
+            return
+        self._optuna.add_trial(
+            optuna.trial.create_trial(
+                params=first.params,
+                distributions=first.distributions,
+                values=[sum(column) / len(column) for column in columns],
+                user_attrs={REPEATS: number},
+            )
+        )
+
     def impossible(self, trial: Trial, reason: str) -> None:
         """A drawn cell that no model can have: told as pruned and out of bounds, never with a number; another is drawn for it."""
         trial.set_user_attr(IMPOSSIBLE, reason)

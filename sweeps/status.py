@@ -21,9 +21,7 @@ from sweeps.lease import holder_of, is_driven
 
 WAITING, RUNNING, INTERRUPTED = "waiting", "running", "interrupted"
 ENDED = tuple(state for state in schema.STATES if state != schema.STOPPED)
-ATTEMPTS_FILE = "attempts.json"
 TAIL_BYTES = 8192
-TRACEBACK = "Traceback (most recent call last)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -221,24 +219,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def attempts_of(folder: Path) -> list[dict[str, Any]]:
-    """Every attempt at a run so far, oldest first; where only their number was kept, that many empty ones."""
+    """Every attempt at a run so far, oldest first."""
     try:
-        found = json.loads((folder / ATTEMPTS_FILE).read_text(encoding="utf-8"))
+        found: list[dict[str, Any]] = json.loads((folder / schema.ATTEMPTS_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return []
-    return found if isinstance(found, list) else [{}] * int(found.get("attempts", 0))
+    return found
 
 
 def failure_class(summary: Mapping[str, Any]) -> str | None:
-    """Why a run ended badly, in a word: what its last attempt was recorded as, else what can be told from how it ended."""
-    state, reason = summary.get("state"), str(summary.get("reason") or "")
-    if state == schema.DIVERGED:
+    """Why a run ended badly, one of schema.FAILURE_CLASSES; None for one that did not."""
+    if summary.get("state") == schema.DIVERGED:
         return schema.DIVERGED
-    if state != schema.FAILED:
-        return None
-    if recorded := summary.get("failure"):
-        return str(recorded)
-    return "bug" if TRACEBACK in reason else "died"
+    return str(summary.get("failure") or schema.BUG) if summary.get("state") == schema.FAILED else None
 
 
 def last_record(path: Path) -> dict[str, Any]:

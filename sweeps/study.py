@@ -74,8 +74,17 @@ class Resources:
     gpus_per_worker: float = 0.5
     """Only asked for where the machine or cluster has GPUs."""
     workers: int | Literal["auto"] = "auto"
+    workers_per_trial: int = 1
+    """Workers that train one run together, on one node if they can; for functions that say that they can be so trained."""
+    hang_seconds: float = 1800.0
+    """A worker that recorded nothing for so long is replaced: longer than `record_every` steps and a validation take.  What a
+    run has shown to need is waited for ten times over."""
 
     def __post_init__(self) -> None:
+        if self.workers_per_trial < 1:
+            raise ValueError(f"workers_per_trial={self.workers_per_trial} must be >= 1")
+        if self.hang_seconds <= 0:
+            raise ValueError(f"hang_seconds={self.hang_seconds} must be > 0")
         if self.cpus_per_worker < 1:
             raise ValueError(f"cpus_per_worker={self.cpus_per_worker} must be >= 1")
         if not 0 <= self.gpus_per_worker <= 64:

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +81,9 @@ def _gpu() -> dict[str, float]:
         "system/gpu_0_memory_usage_percentage": 100.0 * (total - free) / total,
         "system/gpu_0_process_peak_memory_megabytes": torch.cuda.max_memory_allocated() / MEGABYTE,
     }
-    try:
+    # Without nvidia-ml-py, or from a driver that does not tell, there is no such figure.
+    with suppress(ImportError, RuntimeError, AttributeError):
         found["system/gpu_0_utilization_percentage"] = float(torch.cuda.utilization())
-    except (ImportError, RuntimeError, AttributeError):  # nvidia-ml-py is not installed, or the driver does not tell
-        pass
     return found
 
 

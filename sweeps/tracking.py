@@ -20,7 +20,7 @@ from research.errors import UserError
 from sweeps import mlflow_entries as entries
 from sweeps import schema
 from sweeps.places import home, tracking_uri
-from sweeps.status import Reader, RunStatus, StudyStatus, read_json
+from sweeps.status import Reader, StudyStatus, read_json
 from sweeps.study import Study
 
 __all__ = ["Tracker", "tracking_uri"]
@@ -32,7 +32,7 @@ NOTE_SECONDS = 15.0
 PICTURE_SECONDS = 30.0
 """A run that took less is drawn when the study ends: what surrounds a run should cost nearly nothing beside it."""
 PICTURES = 200
-"""Of such short runs, so many are drawn at the end of a study, those of the best variants first."""
+"""At the end of a study so many runs at most are looked through for short ones, those of the best variants first."""
 ARTIFACTS = (schema.CONFIG_FILE, schema.SUMMARY_FILE, schema.METRICS_FILE, schema.ROUTING_FILE, schema.SIMULATION_FILE)
 
 
@@ -42,10 +42,8 @@ class Tracker:
     def __init__(self, study: Study, root: Path, commit: str) -> None:
         self.study, self.root, self.commit = study, root, commit
         self.behind: str | None = None
-        self._reader = Reader(root)
-        self._ended: set[str] = set()
-        self._undrawn: dict[str, str] = {}
-        self._retry_at = self._noted_at = 0.0
+        self._ends = 0
+        self._retry_at = self._note_at = 0.0
         self._client: Any = None
         self._experiment = self._parent = ""
 
@@ -55,12 +53,10 @@ class Tracker:
             return
         try:
             self._open()
-            ended = len(self._ended)
             for run, about in runs.items():
-                if run not in self._ended:
-                    self._sync_run(run, about)
-            if len(self._ended) > ended and time.monotonic() - self._noted_at > NOTE_SECONDS and not final:
-                self._note(self._reader.read(driven=True))
+                self._sync_run(run, about)
+            if self._ends and time.monotonic() > self._note_at and not final:
+                self._note()
             self.behind = None
         except UserError:
             raise
@@ -68,12 +64,11 @@ class Tracker:
             # Whatever the store's client raises (its own errors, requests', SQLAlchemy's), training goes on.
             self._away(error)
 
-    def finish(self, state: str, note: str | None = None) -> None:
-        """End the parent run with what came out: its note, its pictures, and the model of the best run.  `note` is not used."""
+    def finish(self, state: str) -> None:
+        """End the parent run with what came out: its note, its pictures, and the model of the best run."""
         try:
             self._open()
-            status = self._reader.read(driven=True)
-            self._note(status, state)
+            status = self._note(state)
             self._client.set_tag(self._parent, schema.TAG_STATE, state)
             self._client.log_batch(self._parent, metrics=entries.study_metrics(status, int(time.time() * 1000)))
             for name in (schema.STUDY_FILE, schema.DATA_FILE):
@@ -147,7 +142,6 @@ class Tracker:
             state = {}  # another store, or one that was emptied: it gets everything
         if state.get("ended"):
             if summary.get("attempts") == state["ended"]:
-                self._ended.add(run)
                 return
             # It was stopped, or had failed, and is on its way again.
             self._client.update_run(state["run_id"], status="RUNNING")
@@ -161,8 +155,7 @@ class Tracker:
             self._end(state["run_id"], directory, about, summary, state)
             state["ended"] = summary["attempts"]
             write_text(directory / STATE_FILE, json.dumps(state))
-            if summary["state"] != schema.STOPPED:
-                self._ended.add(run)
+            self._ends += 1
 
     def _child_run(self, run: str, about: Mapping[str, Any], directory: Path, state: Mapping[str, Any]) -> str:
         if state.get("creating") == self._parent and (found := self._found(self._client, self._experiment, f"tags.`{schema.TAG_RUN}` = '{run}'")):
@@ -204,19 +197,21 @@ class Tracker:
         for name in ARTIFACTS:
             if (directory / name).exists():
                 self._client.log_artifact(run_id, str(directory / name))
-        if summary["seconds"] >= PICTURE_SECONDS:
+        state["drawn"] = summary["seconds"] >= PICTURE_SECONDS and summary["state"] != schema.STOPPED
+        if state["drawn"]:
             self._draw_run(run_id, directory, about["variant"], about["seed"])
-        else:
-            self._undrawn[about["run"]] = run_id
         status = {schema.FINISHED: "FINISHED", schema.PRUNED: "FINISHED", schema.STOPPED: "KILLED"}.get(summary["state"], "FAILED")
         self._client.set_terminated(run_id, status)
 
-    def _note(self, status: StudyStatus, state: str | None = None) -> None:
-        """The parent's note; a verdict that a report wrote into its tag stands at the head and stays."""
+    def _note(self, state: str | None = None) -> StudyStatus:
+        """Write the parent's note, from what the root holds, which comes back.  A report's verdict stands at its head and stays."""
+        began = time.monotonic()
+        status = Reader(self.root).read(driven=True)
         verdict = self._client.get_run(self._parent).data.tags.get(schema.TAG_VERDICT)
-        note = entries.study_note(self.study, status, state or status.state, verdict)
-        self._client.set_tag(self._parent, "mlflow.note.content", note)
-        self._noted_at = time.monotonic()
+        self._client.set_tag(self._parent, "mlflow.note.content", entries.study_note(self.study, status, state or status.state, verdict))
+        # All runs are read for it: the more there are the rarer it is.
+        self._ends, self._note_at = 0, time.monotonic() + max(NOTE_SECONDS, 50 * (time.monotonic() - began))
+        return status
 
     def _draw_run(self, run_id: str, directory: Path, variant: str, seed: int) -> None:
         from sweeps import figures  # noqa: PLC0415  (matplotlib)
@@ -228,9 +223,12 @@ class Tracker:
     def _draw_study(self, status: StudyStatus) -> None:
         from sweeps import figures  # noqa: PLC0415  (matplotlib)
 
-        order: list[RunStatus] = [run for variant in status.variants for run in variant.runs]
-        for run in [run for run in order if run.run in self._undrawn][:PICTURES]:
-            self._draw_run(self._undrawn.pop(run.run), self.root / schema.RUNS_DIRECTORY / run.run, run.variant, run.seed)
+        for run in [run for variant in status.variants for run in variant.runs if run.ended][:PICTURES]:
+            directory = self.root / schema.RUNS_DIRECTORY / run.run
+            state = read_json(directory / STATE_FILE)
+            if state.get("run_id") and not state.get("drawn"):
+                self._draw_run(state["run_id"], directory, run.variant, run.seed)
+                write_text(directory / STATE_FILE, json.dumps({**state, "drawn": True}))
         with tempfile.TemporaryDirectory() as folder:
             if figures.draw_study(status, Path(folder)):
                 self._client.log_artifacts(self._parent, folder, "figures")

@@ -2,15 +2,19 @@
 
 Any function with the signature of `run_trial` can take its place (`Job.function`): it gets the run's
 configuration as a plain dict, a directory of its own, a callback for each record and a question to
-ask after it, and returns how the run ended.  Called again on the same directory it goes on.
+ask after it, and returns how the run ended.  Called again on the same directory it goes on.  What it
+can do beyond that it says by keywords: `micro_batch_size` (sequences per pass, fewer than configured
+after an out-of-memory) and `group` (it trains one run in several workers).
 """
 
 import importlib
+import inspect
 import json
 import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +32,20 @@ LOCK_SECONDS = 60.0
 SAY_SECONDS = 15.0
 
 Report = Callable[[Mapping[str, float]], None]
+Say = Callable[[str], None]
+
+
+class RunBusyError(Exception):
+    """Another worker still holds the run's directory."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """The place of one worker among those that train a run together; `address` is host:port of the first, free to listen on."""
+
+    rank: int
+    size: int
+    address: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,20 +60,52 @@ class Job:
     attempt: int = 1
     threads: int = 1
     function: str = "sweeps.trial:run_trial"
+    micro_batch_size: int | None = None
+    """Sequences per pass; None for the configuration's own."""
+    gpu_share: float = 1.0
+    """Of a GPU's memory that this worker may take."""
+    group: Group | None = None
 
 
-def call(job: Job, should_stop: Callable[[], bool], say: Callable[[str], None]) -> dict[str, Any]:
+def trial_function(name: str) -> Callable[..., dict[str, Any]]:
+    """`module:function`, imported."""
+    module, _, function = name.partition(":")
+    found: Callable[..., dict[str, Any]] = getattr(importlib.import_module(module), function)
+    return found
+
+
+def accepts(function: str, keyword: str) -> bool:
+    """Whether the trial function says that it can deal with `keyword`."""
+    return keyword in inspect.signature(trial_function(function)).parameters
+
+
+def call(job: Job, should_stop: Callable[[], bool], say: Say, progress: Report = lambda record: None) -> dict[str, Any]:
     """Train, simulate, and write summary.json; the summary comes back.  Whatever the trial function raises goes through.
 
-    The run's directory is locked meanwhile: a worker that outlived its driver cannot write beside its successor.
+    say: gets a line now and then.  progress: gets every record.
+    The run's directory is locked meanwhile: a worker that outlived its driver cannot write beside its successor.  Of a group
+    the first worker locks, simulates and writes; the others only train.
     """
     os.environ["OMP_NUM_THREADS"] = str(job.threads)  # torch reads it when it is imported
+    _limit_gpu_memory(job.gpu_share)
     directory = Path(job.directory)
     directory.mkdir(parents=True, exist_ok=True)
-    module, _, name = job.function.partition(":")
+    function, more = trial_function(job.function), dict[str, Any]()
+    if job.micro_batch_size is not None:
+        more["micro_batch_size"] = job.micro_batch_size
+    if job.group is not None:
+        more["group"] = job.group
+        if job.group.rank > 0:
+            return function(job.config, directory, progress, should_stop, **more)
+    sayer = _sayer(say)
+
+    def report(record: Mapping[str, float]) -> None:
+        progress(record)
+        sayer(record)
+
     try:
         with FileLock(directory / ".lock", timeout=LOCK_SECONDS), sampled(directory):
-            found = getattr(importlib.import_module(module), name)(job.config, directory, _sayer(say), should_stop)
+            found = function(job.config, directory, report, should_stop, **more)
             metrics = dict(found["metrics"])
             if found["state"] == schema.FINISHED and job.all_to_all is not None:
                 metrics |= simulate_run(directory, AllToAll(**job.all_to_all))
@@ -70,14 +120,27 @@ def call(job: Job, should_stop: Callable[[], bool], say: Callable[[str], None]) 
                 "metrics": metrics,
                 "versions": _versions(),
                 "device": found.get("device", "cpu"),
+                "failure": schema.DIVERGED if found["state"] == schema.DIVERGED else None,
             }
             write_summary(directory, summary)
     except Timeout as error:
-        raise RuntimeError(f"{directory}: another worker has been training this run for {LOCK_SECONDS:.0f} s") from error
+        raise RunBusyError(f"{directory}: another worker has been training this run for {LOCK_SECONDS:.0f} s") from error
     return summary
 
 
-def run_trial(config: Mapping[str, Any], directory: Path, report: Report, should_stop: Callable[[], bool]) -> dict[str, Any]:
+def _limit_gpu_memory(share: float) -> None:
+    """Two workers on one GPU: neither can take the other's memory."""
+    if not 0 < share < 1:
+        return
+    import torch  # noqa: PLC0415  (the driver imports this module and must not pay for torch)
+
+    if torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(share)
+
+
+def run_trial(
+    config: Mapping[str, Any], directory: Path, report: Report, should_stop: Callable[[], bool], *, micro_batch_size: int | None = None
+) -> dict[str, Any]:
     """Train for real; writes metrics.jsonl, checkpoint/ and routing.npz into `directory`."""
     import torch  # noqa: PLC0415  (the driver imports this module and must not pay for torch)
 
@@ -91,7 +154,7 @@ def run_trial(config: Mapping[str, Any], directory: Path, report: Report, should
             file.record(record)
             report({"step": record.step, "tokens": record.tokens, **record.metrics})
 
-    result = train(load_run_config(config), directory, Both(), lambda record: should_stop())
+    result = train(load_run_config(config), directory, Both(), lambda record: should_stop(), micro_batch_size=micro_batch_size)
     if result.trace is not None:
         result.trace.save(directory / schema.ROUTING_FILE)
     return {
@@ -119,7 +182,7 @@ def simulate_run(directory: Path, spec: AllToAll) -> dict[str, float]:
     return _simulation_metrics(result)
 
 
-def failed_summary(reason: str, attempts: int) -> dict[str, Any]:
+def failed_summary(reason: str, attempts: int, failure: str = schema.BUG) -> dict[str, Any]:
     """The summary of a run that ended in an error or lost its worker too often: no numbers, only why."""
     return {
         "schema": schema.SCHEMA_VERSION,
@@ -132,6 +195,7 @@ def failed_summary(reason: str, attempts: int) -> dict[str, Any]:
         "metrics": {},
         "versions": _versions(),
         "device": None,
+        "failure": failure,
     }
 
 
@@ -165,5 +229,6 @@ def _sayer(say: Callable[[str], None]) -> Report:
     return report
 
 
+@cache
 def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "numpy", "tokenizers", "simpy", "ray")}

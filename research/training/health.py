@@ -125,11 +125,6 @@ def expert_loads(routings: Mapping[int, Routing]) -> dict[int, list[int]]:
     }
 
 
-def add_loads(left: Mapping[int, list[int]], right: Mapping[int, list[int]]) -> dict[int, list[int]]:
-    """Of two micro-batches together."""
-    return {layer: [a + b for a, b in zip(left.get(layer, [0] * len(load)), load, strict=True)] for layer, load in right.items()}
-
-
 _ASKED = (
     re.compile(r"DefaultCPUAllocator: (?:can't allocate|not enough) memory: you tried to allocate (?P<number>\d+) bytes"),
     re.compile(r"Tried to allocate (?P<number>[\d.]+) (?P<unit>[KMGT]?i?B|bytes)"),  # CUDA's

@@ -30,7 +30,7 @@ from research.routing_trace import RoutingTrace
 from research.training import checkpoint, records
 from research.training.allocator import keep_freed_memory
 from research.training.checkpoint import Resumed
-from research.training.health import Diverged, Health, add_loads, expert_loads, naming_out_of_memory
+from research.training.health import Diverged, Health, expert_loads, naming_out_of_memory
 from research.training.optimizer import build_optimizer, set_learning_rate
 from research.training.records import Meter, Record, Recorder
 from research.training.statistics import routing_metrics
@@ -62,8 +62,13 @@ def train(
     *,
     device: str = "auto",
     announce: Callable[[str], None] = lambda line: None,
+    micro_batch_size: int | None = None,
 ) -> TrainingResult:
     """Train to the end, to a stop, or to divergence; goes on from `directory`/checkpoint if there is one.
+
+    `micro_batch_size`: sequences per pass where this machine has less memory than `config` thinks.  It is no part of the run's
+    identity, checkpoints stay valid: the global batch is the same and its gradient is, up to rounding (see
+    `RunConfig.micro_batches_add_up` for the configurations of which this does not hold).
 
     Raises CheckpointError if that is of another configuration, DataError if the corpus cannot be had, OutOfMemory and
     DiskFull with what is missing; the checkpoint before stands in each case, and when the run diverges.
@@ -88,7 +93,7 @@ def train(
         recorded = validated or step % training.record_every == 0
         try:
             with naming_out_of_memory(place, f"in step {step}"):
-                found, loads = _optimizer_step(model, optimizer, config, data, step, ids, at.health, routing=recorded)
+                found, loads = _optimizer_step(model, optimizer, config, data, step, ids, at.health, routing=recorded, size=micro_batch_size)
         except Diverged as error:
             state, reason = "diverged", str(error)
             break
@@ -148,17 +153,26 @@ def closed_forms(config: RunConfig) -> dict[str, float]:
 
 
 def _optimizer_step(
-    model: Transformer, optimizer: torch.optim.AdamW, config: RunConfig, data: PreparedData, step: int, ids: Tensor, health: Health, *, routing: bool
+    model: Transformer,
+    optimizer: torch.optim.AdamW,
+    config: RunConfig,
+    data: PreparedData,
+    step: int,
+    ids: Tensor,
+    health: Health,
+    *,
+    routing: bool,
+    size: int | None = None,
 ) -> tuple[dict[str, float], dict[int, list[int]]]:
-    """One step over the global batch `ids`, in micro-batches; their mean loss and, with `routing`, their mean statistics and the
+    """One step over the global batch `ids`, in micro-batches of `size`; its loss and, with `routing`, its statistics and the
     tokens of each expert by layer come back.  Diverged, with weights as they were, if the step is not worth taking."""
     training, place, moe, precision = config.training, model.lm_head.weight.device, config.model.moe, _precision(config, model.lm_head.weight.device)
     batch_size = len(ids)
     protected = _protected(config, step, batch_size).to(place)
     chance = torch.Generator(place).manual_seed(int(np.random.default_rng((config.seed, step, 2)).integers(2**62)))
-    size = training.micro_batch_size or batch_size
-    parts: list[dict[str, float]] = []
-    loads: dict[int, list[int]] = {}
+    size = size or training.micro_batch_size or batch_size
+    loss_of_all = 0.0
+    seen: dict[int, list[Routing]] = {}
     optimizer.zero_grad(set_to_none=True)
     for rows, spared in zip(ids.split(size), protected.split(size), strict=True):
         with torch.autocast(place.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
@@ -175,13 +189,19 @@ def _optimizer_step(
         if moe is not None:
             for losses in balance.values():
                 loss = loss + losses.weighted(moe.balance)
-        (loss * (size / batch_size)).backward()
-        statistics = {}
-        if routing and moe is not None and balance:
-            statistics = routing_metrics(routings, balance, moe)
-            loads = add_loads(loads, expert_loads(routings))
-        parts.append({records.LOSS: float(language.detach()), **statistics})
-    found = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
+        share = len(rows) / batch_size  # the last micro-batch may be a smaller one
+        (loss * share).backward()
+        loss_of_all += share * float(language.detach())
+        if routing:
+            for layer, found_there in routings.items():
+                seen.setdefault(layer, []).append(Routing(*(part.detach() for part in found_there)))
+    found = {records.LOSS: loss_of_all}
+    # Of the whole batch, since the largest load of a part is not that of the whole.
+    whole = {layer: Routing(*(torch.cat(parts) for parts in zip(*of_layer, strict=True))) for layer, of_layer in seen.items()}
+    if whole and moe is not None:
+        with torch.no_grad():
+            found |= routing_metrics(whole, _balance(whole, config, batch_size), moe)
+    loads = expert_loads(whole)
     # The norm comes first and the clipping after the check: clipping by a norm that is not finite spoils every layer's gradient.
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     found[records.GRADIENT_NORM] = float(norm)

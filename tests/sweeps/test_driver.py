@@ -17,6 +17,7 @@ from sweeps import schema, search
 from sweeps.__main__ import app
 from sweeps.driver import Driver
 from sweeps.executors import Event, InlineExecutor
+from sweeps.failures import Failure
 from sweeps.study import load_study
 from sweeps.trial import Job
 
@@ -140,26 +141,30 @@ def test_a_diverged_trial_is_told_as_pruned(study: StudyWriter, local: Path) -> 
 
 
 class DyingExecutor(InlineExecutor):
-    """Loses the worker of every attempt at run 001-0."""
+    """Loses the worker of every attempt at run 001-0, as told."""
 
-    def poll(self) -> list[Event]:
-        if self._run == "001-0":
-            self._run = None
-            return [Event(run="001-0", kind="died", text="killed")]
-        return super().poll()
+    def __init__(self, kind: str = schema.DIED) -> None:
+        super().__init__()
+        self.kind, self.lost = kind, list[str]()
 
     def start(self, job: Job) -> None:
         if job.run == "001-0":
-            self._run = job.run
+            self.lost.append(job.run)
         else:
             super().start(job)
+
+    def poll(self, wait: float = 0.0) -> list[Event]:
+        if self.lost:
+            return [Event(run=self.lost.pop(), kind="failed", failure=Failure(kind=self.kind, text="killed"))]
+        return super().poll(wait)
 
 
 def test_a_run_that_loses_three_workers_is_given_up(study: StudyWriter, local: Path) -> None:
     root = local / "small"
     assert drive(study(seeds=[0]), root, executor=lambda study, runs: DyingExecutor()) == "finished-with-failures"
     summary = read(root / "runs" / "001-0" / schema.SUMMARY_FILE)
-    assert (summary["state"], summary["attempts"], summary["reason"]) == (schema.FAILED, 3, "killed")
+    assert (summary["state"], summary["attempts"], summary["failure"]) == (schema.FAILED, 3, schema.DIED)
+    assert summary["reason"] == "killed\ngiven up after 3 such attempts"
     assert [t.state.name for t in optuna_trials(root)] == ["COMPLETE", "FAIL", "COMPLETE"]
 
 

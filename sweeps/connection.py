@@ -1,0 +1,31 @@
+"""To a Ray cluster that is there, or to a local Ray that ends with this process."""
+
+import logging
+import os
+import secrets
+from typing import Any
+
+from research.errors import ConfigError
+
+
+def token_of_its_own() -> None:
+    """For the local Ray of this process, so that Ray leaves none in the user's home: with one there the next `ray start`
+    would ask every client for it.  Ray reads the mode when it is imported."""
+    if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+def connect(ray: Any, address: str | None) -> None:
+    """To the cluster at `address` ($RAY_ADDRESS, which a Ray job has), else to a local one that ends with this process."""
+    if address and address.startswith(("http://", "https://")):
+        raise ConfigError(f"RAY_ADDRESS = {address!r}: is a dashboard's address, for `python -m sweeps submit`; `run` needs host:port or auto")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    place: dict[str, Any] = {"address": address}
+    if not address:
+        # "local", not Ray's own guess: that is the last cluster that was started here, dead or alive.
+        place = {"address": "local", "include_dashboard": False}
+    try:
+        ray.init(**place, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"RAY_ADDRESS = {address!r}: no Ray cluster answers there ({str(error).splitlines()[0]})") from error
