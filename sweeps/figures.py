@@ -84,7 +84,8 @@ def _curves(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def _draw_curves(curves: dict[str, tuple[np.ndarray, np.ndarray]], title: str) -> Figure:
-    figure = Figure(figsize=(4.4 * len(curves), 3.0), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(4.4 * len(curves), 3.0), dpi=DPI)
+    figure.subplots_adjust(left=0.16 / len(curves), right=0.98, bottom=0.15, top=0.9, wspace=0.22)
     labels = {schema.LOSS: "training loss (nats per token)", schema.BITS_PER_BYTE: "held-out bits per byte"}
     for place, (name, (tokens, values)) in enumerate(curves.items(), 1):
         axes = figure.add_subplot(1, len(curves), place)
@@ -97,17 +98,19 @@ def _draw_curves(curves: dict[str, tuple[np.ndarray, np.ndarray]], title: str) -
 
 def _draw_routing(found: dict[str, np.ndarray], title: str) -> Figure:
     """The last snapshot: each layer's load of experts and of devices, where 1 is even; tokens by the devices that they reach."""
-    figure = Figure(figsize=(11.0, 3.0), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(11.0, 3.0), dpi=DPI)
+    figure.subplots_adjust(left=0.05, right=0.99, bottom=0.16, top=0.82, wspace=0.2)
     layers = [str(layer) for layer in found["layers"]]
     for place, (key, name) in enumerate((("expert_load", "expert"), ("device_load", "device")), 1):
         load = found[key][-1].astype(float)
         load /= np.maximum(load.mean(-1, keepdims=True), 1e-9)
         axes = figure.add_subplot(1, 3, place)
-        shown = axes.imshow(load, aspect="auto", cmap="viridis", vmin=0.0, vmax=max(2.0, float(load.max())), interpolation="nearest")
-        axes.set(xlabel=name, ylabel="layer", title=f"load by {name}; 1 is even")
+        top = max(2.0, float(load.max()))
+        axes.imshow(load, aspect="auto", cmap="viridis", vmin=0.0, vmax=top, interpolation="nearest")
+        axes.set(xlabel=name, ylabel="layer", title=f"load by {name}: even is 1, dark 0, bright {top:.3g}")
         axes.set_yticks(range(len(layers)), layers)
         axes.title.set_fontsize(9)
-        figure.colorbar(shown, ax=axes)
+        _plain(axes, grid=False)
     axes = figure.add_subplot(1, 3, 3)
     counts = found["devices_per_token"][-1].astype(float)
     share = counts.sum(0) / counts.sum()
@@ -150,9 +153,10 @@ def _draw_means(axes: Axes, metric: str, variants: Sequence[Variant]) -> None:
     _plain(axes)
 
 
-def _plain(axes: Axes) -> None:
+def _plain(axes: Axes, *, grid: bool = True) -> None:
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
+    if grid:
+        axes.grid(alpha=0.25)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8)
     for label in (axes.xaxis.label, axes.yaxis.label):

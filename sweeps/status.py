@@ -90,7 +90,7 @@ class StudyStatus:
         """Runs by state; those that no trial was drawn for yet are waiting too."""
         counted = Counter(run.state for run in self.runs if run.counts)
         counted[WAITING] += max(self.planned - counted.total(), 0)
-        return {state: counted[state] for state in (RUNNING, WAITING, *schema.STATES) if counted[state]}
+        return {state: counted[state] for state in (RUNNING, INTERRUPTED, WAITING, *schema.STATES) if counted[state]}
 
     @property
     def failures(self) -> dict[str, int]:

@@ -31,8 +31,8 @@ RETRY_SECONDS = 20.0
 NOTE_SECONDS = 15.0
 PICTURE_SECONDS = 30.0
 """A run that took less is drawn when the study ends: what surrounds a run should cost nearly nothing beside it."""
-PICTURES = 200
-"""At the end of a study so many runs at most are looked through for short ones, those of the best variants first."""
+PICTURE_SHARE, PICTURE_LEAST = 0.01, 1.0
+"""At its end the short runs are drawn, those of the best variants first, for this share of all training, and at least for a second."""
 ARTIFACTS = (schema.CONFIG_FILE, schema.SUMMARY_FILE, schema.METRICS_FILE, schema.ROUTING_FILE, schema.SIMULATION_FILE)
 
 
@@ -223,7 +223,10 @@ class Tracker:
     def _draw_study(self, status: StudyStatus) -> None:
         from sweeps import figures  # noqa: PLC0415  (matplotlib)
 
-        for run in [run for variant in status.variants for run in variant.runs if run.ended][:PICTURES]:
+        until = time.monotonic() + max(PICTURE_LEAST, PICTURE_SHARE * sum(run.seconds for run in status.runs if run.ended))
+        for run in (run for variant in status.variants for run in variant.runs if run.ended):
+            if time.monotonic() > until:
+                break
             directory = self.root / schema.RUNS_DIRECTORY / run.run
             state = read_json(directory / STATE_FILE)
             if state.get("run_id") and not state.get("drawn"):
