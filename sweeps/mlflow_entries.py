@@ -150,7 +150,7 @@ def final_metrics(summary: Mapping[str, Any], stamp: int, known: set[str]) -> li
 
     final = {name: value for name, value in summary["metrics"].items() if not name.startswith(RECORDED)}
     final["run/seconds"] = summary["seconds"]
-    _admit(sorted(final, key=lambda name: (name.count("/"), name)), known, MAX_KEYS)
+    _admit(sorted(final, key=lambda name: (name != "run/seconds", name.count("/"), name)), known, MAX_KEYS)
     return [Metric(name, float(value), stamp, summary["steps"]) for name, value in final.items() if name in known]
 
 

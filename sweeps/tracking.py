@@ -26,6 +26,8 @@ from sweeps.study import Study
 __all__ = ["Tracker", "tracking_uri"]
 
 STATE_FILE = "mlflow.json"
+SENT_FILES = {"offset": schema.METRICS_FILE, "system": schema.SYSTEM_FILE}
+"""Files that grow, by the key under which mlflow.json keeps how many of their bytes are sent."""
 BATCH = 900
 RETRY_SECONDS = 20.0
 NOTE_SECONDS = 15.0
@@ -93,6 +95,7 @@ class Tracker:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
         os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         import mlflow  # noqa: PLC0415  (seconds, and only a run needs it)
 
         for name in ("alembic", "mlflow"):
@@ -170,22 +173,28 @@ class Tracker:
         return str(created.info.run_id)
 
     def _send_metrics(self, directory: Path, state: dict[str, Any]) -> None:
-        """What is new in metrics.jsonl and system.jsonl.  `state` holds how far they are sent, and what is being sent now."""
-        files = {"offset": directory / schema.METRICS_FILE, "system": directory / schema.SYSTEM_FILE}
-        if (sending := state.get("sending")) is None:
-            ends = {key: _whole_lines(path, state.get(key, 0)) for key, path in files.items()}
-            if all(ends[key] == state.get(key, 0) for key in files):
-                return
-            sending = {**ends, "stamp": int(time.time() * 1000)}
-            state["sending"] = sending
+        """What is new in metrics.jsonl and system.jsonl; first, as it was, what was being sent when something went wrong."""
+        while self._sending(directory, state):
+            self._send(directory, state)
+
+    def _sending(self, directory: Path, state: dict[str, Any]) -> bool:
+        """Write down what is to be sent and under which time stamp, unless that was done; False if there is nothing."""
+        if state.get("sending") is None:
+            ends = {key: _whole_lines(directory / name, state.get(key, 0)) for key, name in SENT_FILES.items()}
+            if all(ends[key] == state.get(key, 0) for key in SENT_FILES):
+                return False
+            state["sending"] = {**ends, "stamp": int(time.time() * 1000)}
             write_text(directory / STATE_FILE, json.dumps(state))
-        known = set(state["keys"])
-        records = _records(files["offset"], state["offset"], sending["offset"])
-        metrics = entries.metrics(records, sending["stamp"], known, {o.metric for o in self.study.objectives})
-        metrics += entries.system_metrics(_records(files["system"], state.get("system", 0), sending["system"]), known)
+        return True
+
+    def _send(self, directory: Path, state: dict[str, Any]) -> None:
+        sending, known = state["sending"], set(state["keys"])
+        new = {key: _records(directory / name, state.get(key, 0), sending[key]) for key, name in SENT_FILES.items()}
+        metrics = entries.metrics(new["offset"], sending["stamp"], known, {o.metric for o in self.study.objectives})
+        metrics += entries.system_metrics(new["system"], known)
         for start in range(0, len(metrics), BATCH):
             self._client.log_batch(state["run_id"], metrics=metrics[start : start + BATCH])
-        state |= {"offset": sending["offset"], "system": sending["system"], "keys": sorted(known), "sending": None}
+        state |= {**{key: sending[key] for key in SENT_FILES}, "keys": sorted(known), "sending": None}
         write_text(directory / STATE_FILE, json.dumps(state))
 
     def _end(self, run_id: str, directory: Path, about: Mapping[str, Any], summary: Mapping[str, Any], state: dict[str, Any]) -> None:

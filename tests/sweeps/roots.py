@@ -32,7 +32,13 @@ def _write_run(folder: Path, run: str, special: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     trial, seed = map(int, run.split("-"))
     parameters = special.get("parameters", {"model.moe.device_limit": 3 if trial == 0 else trial})
-    about = {"schema": 1, "run": run, "study": folder.parent.parent.name, "trial": trial, "variant": "baseline" if trial == 0 else f"device_limit={trial}"}
+    about = {
+        "schema": 1,
+        "run": run,
+        "study": folder.parent.parent.name,
+        "trial": trial,
+        "variant": "baseline" if trial == 0 else f"device_limit={trial}",
+    }
     about |= {"seed": seed, "baseline": trial == 0, "parameters": parameters, "config_id": f"c{trial}", "commit": "abc"}
     (folder / schema.RUN_FILE).write_text(json.dumps(about))
     (folder / schema.CONFIG_FILE).write_text(json.dumps({"training": {"train_tokens": TRAIN_TOKENS}}))

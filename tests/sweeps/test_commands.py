@@ -94,7 +94,12 @@ def test_check_says_the_same_in_words_and_as_json(study: StudyWriter, tmp_path: 
 
 RUNS = {
     "000-0": {"state": "finished", "value": 2.5, "parameters": {"a.limit": 3, "a.kind": "mla", "a.mixed": None}},
-    "001-0": {"state": "diverged", "metrics": {METRIC: math.inf}, "reason": 'loss,\n"nan"', "parameters": {"a.limit": 2.5, "a.kind": "mha", "a.mixed": 4}},
+    "001-0": {
+        "state": "diverged",
+        "metrics": {METRIC: math.inf},
+        "reason": 'loss,\n"nan"',
+        "parameters": {"a.limit": 2.5, "a.kind": "mha", "a.mixed": 4},
+    },
     "002-0": {"state": "failed", "failure": "died", "reason": "gone", "attempts": 3, "parameters": {"a.limit": 8, "a.kind": "mla", "a.mixed": "x"}},
     "010-0": {"state": "running", "tokens": 300, "parameters": {"a.limit": 1, "a.kind": "mla", "a.mixed": True}},
 }

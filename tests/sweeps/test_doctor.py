@@ -270,9 +270,7 @@ def test_too_few_open_files_and_a_compiler_that_fails_are_found(tmp_path: Path) 
     assert (found["kernels"]["level"], "plain PyTorch" in found["kernels"]["sentence"]) == (WARNING, True)
 
 
-def test_the_command_reports_all_and_its_exit_code_is_that_of_the_worst(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, study: object
-) -> None:
+def test_the_command_reports_all_and_its_exit_code_is_that_of_the_worst(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, study: object) -> None:
     monkeypatch.setattr(doctor_services, "ports", lambda: iter(()))
     result = CliRunner().invoke(app, ["doctor", "--json"])
     found = json.loads(result.stdout)

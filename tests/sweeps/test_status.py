@@ -182,9 +182,7 @@ def test_seconds_in_words() -> None:
 def test_watch_prints_an_object_per_change_until_the_study_has_ended(tmp_path: Path) -> None:
     root = write_root(tmp_path / "w", RUNS, state="running", planned=8)
     with held(root):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "sweeps", "status", str(root), "--watch", "--json"], stdout=subprocess.PIPE, text=True
-        )
+        process = subprocess.Popen([sys.executable, "-m", "sweeps", "status", str(root), "--watch", "--json"], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         assert json.loads(process.stdout.readline())["done"] == 5
         write_root(root, {**RUNS, "001-1": {"state": "finished", "value": 1.8}}, state="running", planned=8)
