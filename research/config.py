@@ -407,13 +407,10 @@ class RunConfig:
 
     @property
     def micro_batches_add_up(self) -> bool:
-        """Whether a smaller micro-batch gives the same gradient of the global batch, up to rounding.  It does not where something is
-        defined over the tokens of one pass: token dropping, balance over a batch, experts used by chance."""
+        """Whether passes of fewer sequences give the same gradient of a micro-batch, up to rounding.  What is dropped is decided on the
+        whole micro-batch first; only balance losses over a batch (`balance.scope`) are not the mean of those of its parts."""
         moe = self.model.moe
-        if moe is None:
-            return True
-        balanced = moe.balance.expert or moe.balance.device or moe.balance.communication
-        return moe.capacity_factor is None and moe.second_expert == "always" and not (moe.balance.scope == "batch" and balanced)
+        return moe is None or moe.balance.scope == "sequence" or not (moe.balance.expert or moe.balance.device or moe.balance.communication)
 
     @property
     def steps(self) -> int:

@@ -43,6 +43,8 @@ class _Member:
     question: Any
     asked: float
     place: Place | None = None
+    moving: bool = False
+    """Whether its job has recorded anything: libraries, data and the model are there by then."""
     ended: Answer | None = None
 
 
@@ -107,7 +109,7 @@ class RayExecutor:
                 return
             groups = [Group(rank=rank, size=len(slot.members), address=address) for rank in range(len(slot.members))]
         for member, group in zip(slot.members, groups, strict=True):
-            member.ended = None
+            member.ended, member.moving = None, False
             member.actor.start.remote(replace(job, gpu_share=share, group=group))
 
     def poll(self, wait: float = 0.0) -> list[Event]:
@@ -172,9 +174,10 @@ class RayExecutor:
 
     def _progress(self, slot: _Slot, member: _Member, answer: Answer) -> list[Event]:
         assert slot.run is not None
+        member.moving |= bool(answer.records)
         if answer.failure is not None or answer.summary is not None:
             member.ended = answer
-        elif answer.idle > max(self._resources.hang_seconds, LONGER * answer.longest):
+        elif answer.idle > self._patience(member, LONGER * answer.longest):
             return self._lose(slot, Failure(kind=schema.HANG, text=f"no progress for {answer.idle:.0f} s; the worker was replaced"))
         run, first = slot.run, member is slot.members[0]
         found = [event for event in events(run, answer) if first and event.kind not in ("done", "failed")]
@@ -191,6 +194,10 @@ class RayExecutor:
             return [*found, Event(run=run, kind="failed", failure=failed)]
         return [*found, Event(run=run, kind="done", summary=summary)]
 
+    def _patience(self, member: _Member, shown: float = 0.0) -> float:
+        """Seconds without progress; a job that only begins imports libraries and makes its data."""
+        return max(self._resources.hang_seconds, shown, 0.0 if member.moving else START_SECONDS)
+
     def _overdue(self, slot: _Slot, member: _Member) -> list[Event]:
         """A question that was not answered in time."""
         if member.question is None or slot not in self._slots:
@@ -199,7 +206,7 @@ class RayExecutor:
         if slot.state == "lost" and waited > BURY_SECONDS:
             member.question = None
             return self._buried(slot, member, None)
-        if slot.state == "busy" and waited > min(POLL_SECONDS, self._resources.hang_seconds + ANSWER_SECONDS):
+        if slot.state == "busy" and waited > min(POLL_SECONDS, self._patience(member)) + ANSWER_SECONDS:
             return self._lose(slot, Failure(kind=schema.HANG, text=f"the worker has not answered for {waited:.0f} s; it was replaced"))
         return []
 

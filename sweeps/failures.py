@@ -5,6 +5,7 @@
 
 import errno
 import json
+import re
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +23,8 @@ from sweeps.trial import accepts
 
 MAX_TRIES = 3
 """Attempts that may be charged to a run.  Out of memory, a node's end, a stop and the driver's own death are not."""
+NO_MEMORY = re.compile(r"DefaultCPUAllocator: .*memory|CUDA out of memory")
+"""What torch's allocators say in a plain RuntimeError."""
 CHARGED = (schema.DIED, schema.HANG, schema.DISK)
 DISK_PAUSE_SECONDS = 30.0
 ALL = "all"
@@ -45,7 +48,7 @@ def classify(error: BaseException) -> Failure:
     """Of whatever a trial function raised, in its own worker."""
     chain = list(_chain(error))
     text = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error))
-    if any(isinstance(e, OutOfMemory | MemoryError) or type(e).__name__ == "OutOfMemoryError" for e in chain):
+    if any(isinstance(e, OutOfMemory | MemoryError) or type(e).__name__ == "OutOfMemoryError" or NO_MEMORY.search(str(e)) for e in chain):
         return Failure(kind=schema.OUT_OF_MEMORY, text=text)
     if any(isinstance(e, DiskFull) or (isinstance(e, OSError) and e.errno in NO_ROOM) for e in chain):
         return Failure(kind=schema.DISK, text=text)
@@ -161,7 +164,7 @@ class Attempts:
         if not accepts(function, "micro_batch_size"):
             return None, f"{function} has no parameter `micro_batch_size`"
         if not config.micro_batches_add_up:
-            return None, "its token dropping or balance is defined over a micro-batch: with a smaller one it would be another experiment"
+            return None, "its balance losses are defined over a batch: in smaller passes it would be another experiment"
         return (size // 2, "") if size > 1 else (None, "there is one sequence per pass already")
 
     def _write(self) -> None:

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from research.config import ModelConfig
 from research.model.experts import RoutedExperts
 from research.model.layers import FeedForward, at_least_float32, autocast_on
-from research.model.router import Routing, drop, hash_table, route, route_by_hash
+from research.model.router import Decided, Routing, drop, hash_table, route, route_by_hash
 
 
 class Gate(nn.Module):
@@ -30,7 +30,7 @@ class MoE(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         assert config.moe is not None
-        self.config = config.moe
+        self.config, self.layer = config.moe, layer
         hashed = self.config.selection == "hash"
         self.gate = None if hashed else Gate(config.hidden_size, self.config.n_routed_experts)
         self.register_buffer("table", hash_table(config.vocab_size, self.config, layer) if hashed else None, persistent=False)
@@ -40,18 +40,23 @@ class MoE(nn.Module):
             FeedForward(config.hidden_size, width, config.activation, gated=self.config.gated_experts) if self.config.n_shared_experts else None
         )
 
-    def forward(self, x: Tensor, ids: Tensor, protected_B: Tensor | None = None, chance: torch.Generator | None = None) -> tuple[Tensor, Routing]:
+    def forward(
+        self, x: Tensor, ids: Tensor, protected_B: Tensor | Decided | None = None, chance: torch.Generator | None = None
+    ) -> tuple[Tensor, Routing]:
         """x (B, T, D) of tokens ids (B, T) -> the FFN's output (B, T, D) without the residual, and the routing of the B * T tokens.
 
-        `protected_B` turns dropping on and marks the sequences that a device's budget spares; None (evaluation) drops nothing.
+        `protected_B` turns dropping on and marks the sequences that a device's budget spares; None (evaluation) drops nothing,
+        and `Decided` what was decided before, chance included.
         """
         flat = x.flatten(0, 1)
         if self.gate is None:
             assert isinstance(self.table, Tensor)
             routing = route_by_hash(ids.flatten(), self.table, self.config, at_least_float32(flat).dtype)
         else:
-            routing = route(self.gate(flat), self.config, chance)
-        if protected_B is not None:
+            routing = route(self.gate(flat), self.config, None if isinstance(protected_B, Decided) else chance)
+        if isinstance(protected_B, Decided):
+            routing = protected_B.apply(routing, self.layer)
+        elif protected_B is not None:
             routing = drop(routing, self.config, protected_B.repeat_interleave(x.shape[1]))
         out = self.experts(flat, routing).view_as(x)
         if self.shared_experts is not None:

@@ -28,6 +28,21 @@ class Routing(NamedTuple):
     kept_MK: Tensor
 
 
+class Decided(NamedTuple):
+    """What dropping and chance have taken already, by layer: kept (M, K) of the tokens of a pass, as found on the whole batch of
+    which they are a part.  Stands for the sequences to protect where a batch goes through the model in smaller parts."""
+
+    kept: dict[int, Tensor]
+
+    def part(self, start: int, stop: int) -> "Decided":
+        """Of the tokens from `start` to `stop`."""
+        return Decided({layer: kept_MK[start:stop] for layer, kept_MK in self.kept.items()})
+
+    def apply(self, routing: Routing, layer: int) -> Routing:
+        kept_MK = self.kept[layer]
+        return routing._replace(gates_MK=routing.gates_MK * kept_MK, kept_MK=kept_MK)
+
+
 def choose(scores_ME: Tensor, config: MoEConfig) -> Tensor:
     """Device-limited top-K (V2 section 2.2.2): ids (M, K) of scores (M, E), best first.
 

@@ -18,7 +18,7 @@ from research.model.cache import Cache, LayerCache, Place
 from research.model.layers import FeedForward, Linear, RMSNorm, at_least_float32, rotary_table
 from research.model.moe import MoE
 from research.model.recomputation import recomputed
-from research.model.router import Routing
+from research.model.router import Decided, Routing
 
 
 class Output(NamedTuple):
@@ -52,7 +52,7 @@ class Block(nn.Module):
         table: Tensor,
         cache: LayerCache | None,
         place: Place | None,
-        protected_B: Tensor | None,
+        protected_B: Tensor | Decided | None,
         chance: torch.Generator | None,
         first: Tensor | None,
     ) -> tuple[Tensor, Routing | None]:
@@ -84,7 +84,7 @@ class Transformer(nn.Module):
         self,
         ids: Tensor,
         cache: Cache | None = None,
-        protected_B: Tensor | None = None,
+        protected_B: Tensor | Decided | None = None,
         chance: torch.Generator | None = None,
         new_B: Tensor | None = None,
         documents: Tensor | None = None,
@@ -97,7 +97,7 @@ class Transformer(nn.Module):
         self,
         ids: Tensor,
         cache: Cache | None = None,
-        protected_B: Tensor | None = None,
+        protected_B: Tensor | Decided | None = None,
         chance: torch.Generator | None = None,
         new_B: Tensor | None = None,
         documents: Tensor | None = None,
@@ -111,9 +111,9 @@ class Transformer(nn.Module):
         unequal lengths are for evaluation: padding would take its share of a device's budget.
 
         `protected_B` (bool, B) turns token dropping on and marks the sequences spared by it, `chance` is what second
-        experts are drawn with (both for training); None drops nothing.  `checkpointed` (without a cache): of each block only
-        the input is kept, and its activations are computed again for the backward pass.  ValueError for more positions than the
-        cache has.
+        experts are drawn with (both for training); None drops nothing, and `Decided` what was dropped when all were seen.
+        `checkpointed` (without a cache): of each block only the input is kept, and its activations are computed again for the
+        backward pass.  ValueError for more positions than the cache has.
 
         `documents` (int, B x T, never decreasing; None: one document) are document indices: a position sees those of its own document
         only.  ValueError with a cache that holds positions already, whose documents are not known."""

@@ -4,7 +4,7 @@ Everything random is a function of (seed, step), so a run that goes on from a ch
 undisturbed run to the bit on the same machine.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,7 +24,7 @@ from research.evaluation.bits_per_byte import evaluate_domains, score_metrics
 from research.evaluation.ngram import reference_bits_per_byte
 from research.model.balance import BalanceLosses, balance_losses
 from research.model.loss import chunked_language_loss
-from research.model.router import Routing
+from research.model.router import Decided, Routing
 from research.model.transformer import Transformer
 from research.routing_trace import RoutingTrace
 from research.training import checkpoint, records
@@ -67,8 +67,8 @@ def train(
     """Train to the end, to a stop, or to divergence; goes on from `directory`/checkpoint if there is one.
 
     `micro_batch_size`: sequences per pass where this machine has less memory than `config` thinks.  It is no part of the run's
-    identity, checkpoints stay valid: the global batch is the same and its gradient is, up to rounding (see
-    `RunConfig.micro_batches_add_up` for the configurations of which this does not hold).
+    identity, checkpoints stay valid: the global batch is the same, what is dropped of it too, and its gradient is, up to rounding
+    (see `RunConfig.micro_batches_add_up` for the configurations of which this does not hold).
 
     Raises CheckpointError if that is of another configuration, DataError if the corpus cannot be had, OutOfMemory and
     DiskFull with what is missing; the checkpoint before stands in each case, and when the run diverges.
@@ -164,32 +164,36 @@ def _optimizer_step(
     routing: bool,
     size: int | None = None,
 ) -> tuple[dict[str, float], dict[int, list[int]]]:
-    """One step over the global batch `ids`, in micro-batches of `size`; its loss and, with `routing`, its statistics and the
-    tokens of each expert by layer come back.  Diverged, with weights as they were, if the step is not worth taking."""
+    """One step over the global batch `ids`, with at most `size` sequences in a pass; its loss and, with `routing`, its statistics and
+    the tokens of each expert by layer come back.  Diverged, with weights as they were, if the step is not worth taking."""
     training, place, moe, precision = config.training, model.lm_head.weight.device, config.model.moe, _precision(config, model.lm_head.weight.device)
     batch_size = len(ids)
     protected = _protected(config, step, batch_size).to(place)
     chance = torch.Generator(place).manual_seed(int(np.random.default_rng((config.seed, step, 2)).integers(2**62)))
-    size = size or training.micro_batch_size or batch_size
+    whole_pass = training.micro_batch_size or batch_size
     loss_of_all = 0.0
     seen: dict[int, list[Routing]] = {}
     optimizer.zero_grad(set_to_none=True)
-    for rows, spared in zip(ids.split(size), protected.split(size), strict=True):
+
+    def run(rows: Tensor, spared: Tensor | Decided) -> tuple[Tensor, dict[int, Routing]]:
+        return model.hidden(
+            rows[:, :-1],
+            protected_B=spared,
+            chance=chance,
+            documents=documents(data, config.data, rows[:, :-1]),
+            checkpointed=training.activation_checkpointing == "blocks",
+        )
+
+    for rows, spared in _passes(ids, protected, whole_pass, size or whole_pass, run, config):
         with torch.autocast(place.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
-            hidden, routings = model.hidden(
-                rows[:, :-1],
-                protected_B=spared,
-                chance=chance,
-                documents=documents(data, config.data, rows[:, :-1]),
-                checkpointed=training.activation_checkpointing == "blocks",
-            )
+            hidden, routings = run(rows, spared)
             language = chunked_language_loss(hidden, model.lm_head.weight, rows[:, 1:])
         balance = _balance(routings, config, rows.shape[0])
         loss = language
         if moe is not None:
             for losses in balance.values():
                 loss = loss + losses.weighted(moe.balance)
-        share = len(rows) / batch_size  # the last micro-batch may be a smaller one
+        share = len(rows) / batch_size  # the last pass may be a smaller one
         (loss * share).backward()
         loss_of_all += share * float(language.detach())
         if routing:
@@ -209,6 +213,34 @@ def _optimizer_step(
     torch.nn.utils.clip_grads_with_norm_(model.parameters(), training.optimizer.gradient_clip, norm)
     optimizer.step()
     return found, loads
+
+
+def _passes(
+    ids: Tensor,
+    protected: Tensor,
+    whole: int,
+    size: int,
+    run: Callable[[Tensor, Tensor | Decided], tuple[Tensor, dict[int, Routing]]],
+    config: RunConfig,
+) -> Iterator[tuple[Tensor, Tensor | Decided]]:
+    """The sequences of each pass, and what its dropping goes by: micro-batches of `whole`, cut into `size` where memory is short.
+
+    What is dropped depends on all of a micro-batch, so where it is cut one pass without gradients decides that for its parts."""
+    moe, place = config.model.moe, ids.device
+    drops = moe is not None and (moe.capacity_factor is not None or moe.second_expert == "by_chance")
+    for rows, spared in zip(ids.split(whole), protected.split(whole), strict=True):
+        if size >= len(rows):
+            yield rows, spared
+            continue
+        decided = None
+        if drops:
+            precision = _precision(config, place)
+            with torch.no_grad(), torch.autocast(place.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
+                decided = Decided({layer: found.kept_MK for layer, found in run(rows, spared)[1].items()})
+        length = rows.shape[1] - 1
+        for start in range(0, len(rows), size):
+            stop = min(start + size, len(rows))
+            yield rows[start:stop], spared[start:stop] if decided is None else decided.part(start * length, stop * length)
 
 
 def _precision(config: RunConfig, place: torch.device) -> torch.dtype:

@@ -124,6 +124,7 @@ def test_a_bug_that_hits_the_first_runs_stops_the_study_and_can_be_mended(study:
     (root / "bug").write_text("")
     assert drive(study(), root, lines) == "finished-with-failures"
     assert any("failed alike" in line and "a bug in step 3" in line for line in lines)
+    assert any("Traceback" in line and "standin.py" in line for line in lines), "whole, for whoever mends it"
     assert sum((path / schema.SUMMARY_FILE).exists() for path in (root / "runs").iterdir()) == 3
     (root / "bug").unlink()
     assert drive(study(), root) == "finished"
