@@ -351,7 +351,7 @@ class Driver:
             state = schema.STOPPED
         else:
             state = "finished-with-failures" if self.book.failures.total() else "finished"
-        self.outbox.finish(self.study, state)
+        self.outbox.finish(state)
         self._write_state(state)
         return state
 

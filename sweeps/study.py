@@ -1,7 +1,6 @@
 """A study: one YAML file that says what is asked, of what, over what, and with which means."""
 
 import dataclasses
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -336,21 +335,3 @@ def short_name(path: str) -> str:
     """`device_limit` for model.moe.device_limit, `balance.expert` for a balance weight."""
     parts = path.split(".")
     return ".".join(parts[-2:]) if parts[-2:-1] == ["balance"] else parts[-1]
-
-
-def home() -> Path:
-    """$MOELAB_HOME; else .moelab here, or in the user's home when here is Ray's unpacked copy of a working directory."""
-    if chosen := os.environ.get("MOELAB_HOME"):
-        return Path(chosen).expanduser().absolute()
-    here = Path.cwd()
-    return (Path.home() if "_ray_pkg_" in str(here) or "working_dir_files" in str(here) else here) / ".moelab"
-
-
-def study_root(name_or_path: str) -> Path:
-    """A study's root directory, given by path, by name, or by its YAML file's path."""
-    path = Path(name_or_path)
-    if path.is_dir():
-        return path.absolute()
-    if path.suffix in (".yaml", ".yml"):
-        return home() / "studies" / str(configfile.read_yaml(path).get("name"))
-    return home() / "studies" / name_or_path

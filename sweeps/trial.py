@@ -26,6 +26,7 @@ from research.configfile import load_run_config
 from research.routing_trace import RoutingTrace
 from sims import AllToAll, Result, reroute, simulate
 from sweeps import schema
+from sweeps.system_metrics import sampled
 
 LOCK_SECONDS = 60.0
 SAY_SECONDS = 15.0
@@ -103,7 +104,7 @@ def call(job: Job, should_stop: Callable[[], bool], say: Say, progress: Report =
         sayer(record)
 
     try:
-        with FileLock(directory / ".lock", timeout=LOCK_SECONDS):
+        with FileLock(directory / ".lock", timeout=LOCK_SECONDS), sampled(directory):
             found = function(job.config, directory, report, should_stop, **more)
             metrics = dict(found["metrics"])
             if found["state"] == schema.FINISHED and job.all_to_all is not None:
