@@ -22,6 +22,7 @@ from rich.table import Table
 from research.errors import UserError
 from research.terminal import console
 from sweeps import schema
+from sweeps.check import notes
 from sweeps.driver import Driver
 from sweeps.executors import Executor, InlineExecutor, RayExecutor
 from sweeps.lease import holder_of, is_driven
@@ -44,6 +45,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object instead of
 def check(study: StudyFile, overrides: Overrides = None) -> None:
     """Find every mistake in a study file; starts nothing.  Example: python -m sweeps check sweeps/studies/quickstart.yaml"""
     loaded = load_study(study, overrides or [])
+    for note in notes(loaded):
+        print(f"note: {note}")
     print(f"{study}: all right ({loaded.name}: {loaded.question})")
 
 
@@ -71,8 +74,11 @@ def plan(study: StudyFile, root: Root = None, overrides: Overrides = None, as_js
             f"{row['seconds']:,.0f}",
         )
     console().print(table)
+    for note in planned["notes"]:
+        print(f"note: {note}")
+    short = f" + {planned['retune_runs']} short ones" if planned["retune_runs"] else ""
     print(
-        f"{planned['variants']} variants x {planned['seeds']} seeds = {planned['runs']} runs on {planned['workers']} workers, "
+        f"{planned['variants']} variants x {planned['seeds']} seeds{short} = {planned['runs']} runs on {planned['workers']} workers, "
         f"about {planned['expected_seconds'] / 60:.1f} minutes ({planned['estimate']})"
     )
 
@@ -124,7 +130,7 @@ def submit(
     """Run a study as a Ray job on a cluster.  Example: python -m sweeps submit sweeps/studies/quickstart.yaml --wait"""
     from sweeps.jobs import submit as submit_job  # noqa: PLC0415  (imports ray)
 
-    load_study(study, overrides or [])
+    load_study(study, overrides or [], here=False)
     arguments = [part for override in overrides or [] for part in ("--set", override)]
     job = submit_job(study, address, arguments)
     token = "RAY_AUTH_MODE=token " if os.environ.get("RAY_AUTH_MODE") == "token" else ""

@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -24,13 +25,14 @@ from research import config as run_config
 from research.atomic import write_text
 from research.data.prepare import prepare
 from research.errors import ConfigError
-from sweeps import schema
+from sweeps import retune, schema
+from sweeps.budget import matched_about
 from sweeps.executors import Event, Executor
 from sweeps.lease import lease
-from sweeps.search import Search
+from sweeps.search import PRUNED_REASON, Search
 from sweeps.study import Study, label
 from sweeps.tracking import Tracker, tracking_uri
-from sweeps.trial import Job, failed_summary, write_summary
+from sweeps.trial import Job, failed_summary, pruned_summary, write_summary
 
 ATTEMPTS_FILE = "attempts.json"
 MAX_ATTEMPTS = 3
@@ -59,6 +61,7 @@ class Driver:
         self.states: dict[str, dict[str, Any]] = {}
         self.trials: dict[int, Trial] = {}
         self.queue: list[str] = []
+        self.pruned: dict[str, str] = {}
         self.stopping = False
         self.halt: str | None = None
         self._sending: threading.Thread | None = None
@@ -92,7 +95,7 @@ class Driver:
             self._prepare()
         self._write_state("running")
         try:
-            executor = self.make_executor(self.study, self.search.total * len(self.study.seeds))
+            executor = self.make_executor(self.study, self.search.total * self.study.runs_per_trial)
         except SystemExit:
             # Ray's own handler of SIGTERM, which is in place while it starts.
             self.stopping = True
@@ -120,6 +123,7 @@ class Driver:
                 executor.start(self._job(run))
             for event in executor.poll():
                 self._take(event)
+            self._prune(executor)
             if self.stopping and not told_to_stop:
                 executor.request_stop()
                 told_to_stop = True
@@ -148,21 +152,76 @@ class Driver:
         while not self.queue:
             if self.halt or (trial := self.search.ask()) is None:
                 return False
-            cell = dict(trial.params)
-            try:
-                configs = {seed: self.study.run_config(cell, seed) for seed in self.study.seeds}
-            except ConfigError as error:
-                self.announce(f"trial {trial.number}: {error}")
-                self.search.impossible(trial, str(error))
+            if reason := self.search.rejects(trial):
+                self.announce(f"trial {trial.number} is not trained: {reason}")
                 continue
             self.trials[trial.number] = trial
-            for seed, config in configs.items():
-                self._plan_run(trial.number, seed, cell, config)
+            self._plan_trial(trial.number)
+            if reason := trial.user_attrs.get(PRUNED_REASON):
+                self._give_up(trial.number, reason, None)
             self._tell_if_done(trial.number)
         return True
 
-    def _plan_run(self, number: int, seed: int, cell: dict[str, Any], config: run_config.RunConfig) -> None:
-        run = f"{number:03d}-{seed}"
+    def _plan_trial(self, number: int) -> None:
+        """The runs of a trial: those that re-tune its learning rate, if asked for, and when they have ended its replicates."""
+        trial, tuning = self.trials[number], self.study.retune
+        cell = self.search.cell(trial)
+        config, matched = self.study.matched_config(cell, self.study.seeds[0])
+        about: dict[str, Any] = {"role": "replicate", **matched_about(matched)}
+        if tuning is not None:
+            chosen = trial.user_attrs.get(retune.ROLE) or self._retuned(number, cell, config, tuning)
+            if chosen is None:
+                return
+            trial.set_user_attr(retune.ROLE, chosen)
+            about[retune.ROLE] = chosen
+            config = retune.with_rate(config, chosen["learning_rate"])
+        for seed in self.study.seeds:
+            self._plan_run(f"{number:03d}-{seed}", number, cell, replace(config, seed=seed), about)
+
+    def _retuned(self, number: int, cell: dict[str, Any], config: run_config.RunConfig, tuning: retune.Retune) -> dict[str, Any] | None:
+        """The learning rate that the short runs of a trial say, or None as long as they have not all ended."""
+        own = config.training.optimizer.learning_rate
+        config = replace(config, seed=self.study.seeds[0] if tuning.seed is None else tuning.seed)
+        rates = tuning.rates(own)
+        runs = [f"{number:03d}-lr{i}" for i in range(len(rates))]
+        for run, rate in zip(runs, rates, strict=True):
+            if run not in self.runs:
+                self._plan_run(run, number, cell, retune.short_config(config, tuning, rate), {"role": retune.ROLE})
+        if any(self.states[run]["state"] not in schema.STATES or self.states[run]["state"] == schema.STOPPED for run in runs):
+            return None
+        chosen = retune.choose(rates, [_json(self.root / schema.RUNS_DIRECTORY / run / schema.SUMMARY_FILE) for run in runs], own)
+        edge = ", at the edge of what was tried" if chosen["edge"] else ""
+        self.announce(f"trial {number}: learning rate {chosen['learning_rate']:g} ({chosen['chosen_by']}{edge})")
+        return chosen
+
+    def _replicates(self, number: int) -> list[str]:
+        return [run for run, about in self.runs.items() if about["trial"] == number and about.get("role") != retune.ROLE]
+
+    def _prune(self, executor: Executor) -> None:
+        """Give up the trials that the study's pruner has had enough of."""
+        if self.study.pruner.kind == "none":
+            return
+        for number, trial in list(self.trials.items()):
+            ended = [run for run in self._replicates(number) if self.states[run]["state"] in schema.STATES]
+            summaries = {self.runs[run]["seed"]: _json(self.root / schema.RUNS_DIRECTORY / run / schema.SUMMARY_FILE) for run in ended}
+            if reason := self.search.should_prune(trial, summaries):
+                self._give_up(number, reason, executor)
+
+    def _give_up(self, number: int, reason: str, executor: Executor | None) -> None:
+        """End the runs of a pruned trial and start no more of them."""
+        for run in self._replicates(number):
+            state, directory = self.states[run], self.root / schema.RUNS_DIRECTORY / run
+            if state["state"] == "running" and run not in self.pruned and executor is not None:
+                self.announce(f"{run} {reason}")
+                self.pruned[run] = reason
+                executor.request_prune(run)
+            elif state["state"] == "waiting":
+                write_summary(directory, pruned_summary(reason, state["attempts"], directory))
+                state |= {"state": schema.PRUNED, "reason": reason}
+                self.queue.remove(run)
+        self._tell_if_done(number)
+
+    def _plan_run(self, run: str, number: int, cell: dict[str, Any], config: run_config.RunConfig, more: dict[str, Any]) -> None:
         directory = self.root / schema.RUNS_DIRECTORY / run
         about = {
             "schema": schema.SCHEMA_VERSION,
@@ -170,11 +229,12 @@ class Driver:
             "study": self.study.name,
             "trial": number,
             "variant": label(cell, self.study.baseline),
-            "seed": seed,
+            "seed": config.seed,
             "baseline": cell == {path: self.study.baseline[path] for path in cell},
             "parameters": cell,
             "config_id": run_config.config_id(config),
             "commit": self.commit,
+            **more,
         }
         summary = _json(directory / schema.SUMMARY_FILE)
         if not (directory / schema.RUN_FILE).exists():
@@ -197,7 +257,7 @@ class Driver:
         # How an earlier attempt ended is not how this one does.
         (directory / schema.SUMMARY_FILE).unlink(missing_ok=True)
         spec = None
-        if config["model"]["moe"] is not None:
+        if config["model"]["moe"] is not None and self.runs[run].get("role") != retune.ROLE:
             whole = self.study.run_config(self.runs[run]["parameters"], self.runs[run]["seed"])
             spec = run_config.to_dict(self.study.all_to_all(whole))
         self.announce(f"{run} starts: {self.runs[run]['variant']}, seed {self.runs[run]['seed']}")
@@ -219,6 +279,9 @@ class Driver:
         if event.kind == "died" and self.stopping:
             state["state"] = "waiting"
             return
+        if event.kind == "died" and event.run in self.pruned:
+            summary = pruned_summary(self.pruned[event.run], state["attempts"], directory)
+            event = Event(run=event.run, kind="done", summary=summary)
         if event.kind == "died":
             state["deaths"] += 1
             _count(directory, state)
@@ -233,12 +296,17 @@ class Driver:
         else:
             assert event.summary is not None
             summary = event.summary
+            if event.run in self.pruned and summary["state"] in (schema.STOPPED, schema.PRUNED):
+                summary |= {"state": schema.PRUNED, "reason": self.pruned[event.run]}
+                write_summary(directory, summary)
         state |= {"state": summary["state"], "reason": summary["reason"]}
         value = summary["metrics"].get(self.study.objectives[0].metric)
         shown = f", {self.study.objectives[0].metric} {value:.4g}" if value is not None and summary["state"] == schema.FINISHED else ""
         reason = f": {str(summary['reason']).strip().splitlines()[-1]}" if summary["reason"] else ""
-        self.announce(f"{event.run} {summary['state']}{shown}{reason}  ({self._done()} of {self.search.total * len(self.study.seeds)} runs)")
+        self.announce(f"{event.run} {summary['state']}{shown}{reason}  ({self._done()} of {self.search.total * self.study.runs_per_trial} runs)")
         if summary["state"] != schema.STOPPED:
+            if self.runs[event.run].get("role") == retune.ROLE and self.runs[event.run]["trial"] in self.trials:
+                self._plan_trial(self.runs[event.run]["trial"])
             self._tell_if_done(self.runs[event.run]["trial"])
         self._halt_if_all_fail()
 
@@ -248,16 +316,16 @@ class Driver:
         As long as nothing has finished, failures are kept back: should the study be halted for a bug,
         its trials are still open and are trained when it is run again.
         """
-        runs = [run for run, about in self.runs.items() if about["trial"] == number]
+        runs = self._replicates(number)
         ended = [self.states[run]["state"] for run in runs]
-        if number not in self.trials or any(s not in schema.STATES or s == schema.STOPPED for s in ended):
+        if number not in self.trials or len(runs) < len(self.study.seeds) or any(s not in schema.STATES or s == schema.STOPPED for s in ended):
             return
         if schema.FAILED in ended and not any(s["state"] in (schema.FINISHED, schema.DIVERGED) for s in self.states.values()):
             return
         self._tell(number)
 
     def _tell(self, number: int) -> None:
-        runs = [run for run, about in self.runs.items() if about["trial"] == number]
+        runs = self._replicates(number)
         self.search.tell(self.trials.pop(number), [_json(self.root / schema.RUNS_DIRECTORY / run / schema.SUMMARY_FILE) for run in runs])
 
     def _halt_if_all_fail(self) -> None:
@@ -289,8 +357,9 @@ class Driver:
         self._was_behind = behind
 
     def _end(self) -> str:
-        failed = [run for run, s in self.states.items() if s["state"] in (schema.FAILED, schema.DIVERGED)]
-        planned = self.search.total * len(self.study.seeds)
+        tried = {run for run, about in self.runs.items() if about.get("role") == retune.ROLE}
+        failed = [run for run, s in self.states.items() if s["state"] in (schema.FAILED, schema.DIVERGED) and run not in tried]
+        planned = self.search.total * self.study.runs_per_trial
         if not self.halt and not self.stopping:
             for number in sorted(self.trials):
                 self._tell(number)
@@ -320,6 +389,8 @@ class Driver:
         metric = self.study.objectives[0].metric
         table: dict[str, list[float]] = {}
         for run, about in self.runs.items():
+            if about.get("role") == retune.ROLE:
+                continue
             value = _json(self.root / schema.RUNS_DIRECTORY / run / schema.SUMMARY_FILE).get("metrics", {}).get(metric)
             if value is not None:
                 table.setdefault(about["variant"], []).append(value)
@@ -351,7 +422,7 @@ class Driver:
             "started": self.started,
             "updated": datetime.now(UTC).isoformat(timespec="seconds"),
             "runs": dict(sorted(self.states.items())),
-            "planned": self.search.total * len(self.study.seeds),
+            "planned": self.search.total * self.study.runs_per_trial,
             "mlflow_tracking_uri": tracking_uri(),
             "mlflow_behind": self.tracker.behind,
             "commit": self.commit,

@@ -41,6 +41,7 @@ class Executor(Protocol):
     def start(self, job: Job) -> None: ...
     def poll(self) -> list[Event]: ...
     def request_stop(self) -> None: ...
+    def request_prune(self, run: str) -> None: ...
     def close(self) -> None: ...
 
 
@@ -55,6 +56,8 @@ class Worker:
             allowed = sorted(os.sched_getaffinity(0))
             os.sched_setaffinity(0, {allowed[core % len(allowed)]})
         self._stop = threading.Event()
+        self._prune = threading.Event()
+        self._run_name: str | None = None
         self._said: deque[str] = deque()
         self._done: dict[str, Any] | None = None
         self._error: str | None = None
@@ -62,12 +65,14 @@ class Worker:
     def start(self, job: Job) -> int:
         """Begin; the worker's process id comes back."""
         self._done, self._error = None, None
+        self._run_name = job.run
+        self._prune.clear()
         threading.Thread(target=self._run, args=(job,), daemon=True).start()
         return os.getpid()
 
     def _run(self, job: Job) -> None:
         try:
-            self._done = trial.call(job, self._stop.is_set, self._said.append)
+            self._done = trial.call(job, lambda: self._stop.is_set() or self._prune.is_set(), self._said.append)
         except UserError as error:
             self._error = str(error)
         except BaseException:
@@ -80,6 +85,11 @@ class Worker:
 
     def request_stop(self) -> None:
         self._stop.set()
+
+    def request_prune(self, run: str) -> None:
+        """End `run` alone, if it is still the one; it then says that it was stopped."""
+        if self._run_name == run:
+            self._prune.set()
 
 
 def _events(run: str, answer: tuple[list[str], dict[str, Any] | None, str | None]) -> list[Event]:
@@ -119,6 +129,9 @@ class InlineExecutor:
     def request_stop(self) -> None:
         self._worker.request_stop()
 
+    def request_prune(self, run: str) -> None:
+        self._worker.request_prune(run)
+
     def close(self) -> None:
         pass
 
@@ -140,7 +153,9 @@ class RayExecutor:
             _connect(ray, os.environ.get("RAY_ADDRESS"))
         total = ray.cluster_resources()
         gpus, cpus = total.get("GPU", 0.0), int(total.get("CPU", 0))
-        self._gpus = resources.gpus_per_worker if gpus else 0.0
+        if resources.gpus == "required" and not gpus:
+            raise ConfigError("resources.gpus = 'required': this Ray has no GPU; use gpus: auto, or a cluster that has some")
+        self._gpus = resources.gpus_per_worker if gpus and resources.gpus != "none" else 0.0
         fits = cpus // resources.cpus_per_worker
         if self._gpus:
             fits = min(fits, int(gpus / self._gpus + 1e-9))
@@ -206,6 +221,10 @@ class RayExecutor:
     def request_stop(self) -> None:
         for actor in self._actors:
             actor.request_stop.remote()
+
+    def request_prune(self, run: str) -> None:
+        if run in self._runs:
+            self._actors[self._runs.index(run)].request_prune.remote(run)
 
     def close(self) -> None:
         for actor in self._actors:

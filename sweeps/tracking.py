@@ -133,7 +133,7 @@ class Tracker:
             "mlflow.parentRunId": self._parent,
             schema.TAG_SCHEMA: str(schema.SCHEMA_VERSION),
             schema.TAG_STUDY: self.study.name,
-            schema.TAG_ROLE: "run",
+            schema.TAG_ROLE: "retune" if about.get("role") == "retune" else "run",
             schema.TAG_VARIANT: about["variant"],
             schema.TAG_SEED: str(about["seed"]),
             schema.TAG_TRIAL: str(about["trial"]),
