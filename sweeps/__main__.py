@@ -22,7 +22,7 @@ from rich.table import Table
 from research.errors import UserError
 from research.terminal import console
 from sweeps import schema
-from sweeps.check import notes
+from sweeps.check_cells import notes
 from sweeps.driver import Driver
 from sweeps.executors import Executor, InlineExecutor, RayExecutor
 from sweeps.lease import holder_of, is_driven

@@ -193,11 +193,25 @@ def value_at(config: Any, path: str) -> Any:
 
 def with_value(config: Any, path: str, value: Any) -> Any:
     """A copy with one leaf changed; ValueError if it is then impossible, or has no such part."""
-    part, _, rest = path.partition(".")
-    inner = getattr(config, part)
-    if rest and not is_dataclass(inner):
-        raise ValueError(f"{part} is null: there is no {path} to change")
-    return replace(config, **{part: with_value(inner, rest, value) if rest else value})
+    return with_values(config, {path: value})
+
+
+def with_values(config: Any, values: Mapping[str, Any]) -> Any:
+    """A copy with the leaves at dotted paths changed all at once; ValueError if it is then impossible, or has no such part."""
+    changed: dict[str, Any] = {}
+    inner: dict[str, dict[str, Any]] = {}
+    for path, value in values.items():
+        part, _, rest = path.partition(".")
+        if rest:
+            inner.setdefault(part, {})[rest] = value
+        else:
+            changed[part] = value
+    for part, below in inner.items():
+        owner = getattr(config, part)
+        if not is_dataclass(owner):
+            raise ValueError(f"{part} is null: there is no {next(iter(below))} to change")
+        changed[part] = with_values(owner, below)
+    return replace(config, **changed)
 
 
 def matched_about(found: Match | None) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 from research import accounting
 from research.config import Domain, RunConfig
 from sweeps import schema
-from sweeps.check import notes
+from sweeps.check_cells import notes
 from sweeps.constraints import broken
 from sweeps.definition import Study, label
 from sweeps.quantities import describe

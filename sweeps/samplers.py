@@ -52,6 +52,7 @@ class QuasiRandomSampler(BaseSampler):
 
     def __init__(self, paths: Sequence[str], seed: int) -> None:
         self._paths, self._seed = list(paths), seed
+        self._points: dict[int, list[float]] = {}
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return {}
@@ -60,13 +61,18 @@ class QuasiRandomSampler(BaseSampler):
         return {}
 
     def sample_independent(self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
+        if trial.number not in self._points:
+            self._points[trial.number] = self._point(max(trial.number - 1, 0))
+        return spread(self._points[trial.number][self._paths.index(param_name)], param_distribution)
+
+    def _point(self, index: int) -> list[float]:
         from scipy.stats import qmc  # noqa: PLC0415  (most of a second, and only this sampler needs it)
 
-        points = qmc.Sobol(len(self._paths), scramble=True, seed=self._seed)
-        skipped = max(trial.number - 1, 0)
-        if skipped:
-            points.fast_forward(skipped)
-        return spread(float(points.random(1)[0][self._paths.index(param_name)]), param_distribution)
+        sequence = qmc.Sobol(len(self._paths), scramble=True, seed=self._seed)
+        if index:
+            sequence.fast_forward(index)
+        point: list[float] = sequence.random(1)[0].tolist()
+        return point
 
 
 def spread(share: float, distribution: BaseDistribution) -> Any:

@@ -5,6 +5,7 @@ that two draws which differ only in what does not exist are one cell.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -190,6 +191,16 @@ def leaf_type(path: str) -> Any:
     return typing.get_type_hints(owner)[leaf]
 
 
+@functools.lru_cache(maxsize=512)
+def _adapter(path: str) -> TypeAdapter[Any]:
+    return TypeAdapter(leaf_type(path))
+
+
+def coerced(path: str, value: Any) -> Any:
+    """`value` as a run configuration holds it at `path` (0 where a float is expected is 0.0); ValueError if it cannot."""
+    return _adapter(path).validate_python(value)
+
+
 def value_problem(path: str, value: Any) -> str | None:
     """Why `path` of a run configuration cannot be `value`, or None."""
     if value is not None and not isinstance(value, str | int | float | bool):
@@ -197,7 +208,7 @@ def value_problem(path: str, value: Any) -> str | None:
     if isinstance(value, bool) and bool not in _types(path):
         return "input should be a number or a word, not true or false"
     try:
-        TypeAdapter(leaf_type(path)).validate_python(value)
+        coerced(path, value)
     except ValidationError as error:
         message = str(error.errors()[0]["msg"])
         return message[0].lower() + message[1:]
