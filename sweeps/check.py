@@ -13,11 +13,12 @@ from research import configfile
 from research.config import RunConfig
 from research.data import corpora
 from research.errors import ConfigError, DataError
+from research.presets import PRESETS
 from sims import load_cluster
 from sweeps import constraints, pruning, schema
 from sweeps.budget import KNOBS, TOKENS, Budget
 from sweeps.check_cells import cell_problems
-from sweeps.definition import METRICS, Objective, Resources, Search, SimulatedCluster, Study, own_problems
+from sweeps.definition import METRICS, Objective, Search, SimulatedCluster, Study, own_problems
 from sweeps.pruning import FINAL, Pruner
 from sweeps.retune import RATE, Retune
 from sweeps.space import as_list, condition_problems, dimension_problems, may_be, value_problem
@@ -94,9 +95,8 @@ def _section_problems(mapping: Mapping[str, Any], *, here: bool) -> Iterator[str
     yield from _budget_problems(_section(Budget, mapping, "budget"), space)
     if mapping.get("retune") is not None and RATE in space:
         yield f"space.{RATE}: is searched and re-tuned at once; leave out retune, or take it out of the space"
-    resources = _section(Resources, mapping, "resources")
-    if here and resources is not None:
-        yield from _gpu_problems(resources)
+    if here and _mapping(mapping, "resources").get("gpus") == "required":
+        yield from _gpu_problems()
 
 
 def _is_metric(metric: str) -> bool:
@@ -112,7 +112,10 @@ def _constraint_problem(text: str) -> str | None:
 
 
 def _pruner_problems(mapping: Mapping[str, Any], metrics: list[str]) -> Iterator[str]:
-    pruner, search, seeds = _section(Pruner, mapping, "pruner"), _section(Search, mapping, "search"), mapping.get("seeds", [0])
+    search, seeds = _section(Search, mapping, "search"), mapping.get("seeds", [0])
+    pruner = _section(Pruner, mapping, "pruner")
+    if pruner is None and (chosen := _mapping(mapping, "pruner").get("kind")) in list(pruning.OPTIONS):
+        pruner = Pruner(kind=chosen)  # its options are wrong, which is told of
     if pruner is None or pruner.kind == "none":
         return
     kind = f"pruner.kind = {pruner.kind!r}"
@@ -148,9 +151,9 @@ def _budget_problems(budget: Budget | None, space: Mapping[str, Any]) -> Iterato
         yield f"budget.adjust = {knob!r}: is searched over itself; adjust another setting{remedy}"
 
 
-def _gpu_problems(resources: Resources) -> Iterator[str]:
+def _gpu_problems() -> Iterator[str]:
     """Where a Ray cluster is told of, its own GPUs count, which the workers' start checks."""
-    if resources.gpus != "required" or os.environ.get("RAY_ADDRESS"):
+    if os.environ.get("RAY_ADDRESS"):
         return
     import torch  # noqa: PLC0415  (seconds, and only this question needs it)
 
@@ -163,6 +166,9 @@ def _base(mapping: Mapping[str, Any], source: str) -> tuple[RunConfig | None, li
     base = mapping.get("base")
     if not isinstance(base, dict):
         return None, []
+    model = base.get("model")
+    if isinstance(model, dict) and not isinstance(model.get("preset", ""), str):
+        return None, [f"{source}: base: model.preset = {model['preset']!r}: expected a name; valid: {', '.join(PRESETS)}"]
     try:
         config = configfile.load_run_config(base, f"{source}: base")
     except ConfigError as error:

@@ -20,7 +20,9 @@ from sweeps.space import Range, cell_key, cells, choices_of, levels_of, needs, r
 MOST_CELLS = 10_000
 MOST_SENTENCES = 20
 SAMPLE = 48
-"""Cells of a search that are looked at before a value, or all of it, is called impossible."""
+"""Cells of a search that are looked at before a value is called impossible."""
+MANY = 500
+"""Before constraints are said to leave nothing."""
 
 
 def trouble(study: Study, cell: Mapping[str, Any]) -> tuple[RunConfig | None, list[str]]:
@@ -50,7 +52,9 @@ def cell_problems(study: Study) -> Iterator[str]:
         if adjust := _idle_knob(study, config):
             yield adjust
             study = dataclasses.replace(study, budget=Budget(matched="none"))
-        yield from (f"constraints: the baseline breaks {p}; it is what all others are compared with" for p in _broken(study, config))
+        if broken := _broken(study, config):
+            yield from (f"constraints: the baseline breaks {p}; it is what all others are compared with" for p in broken)
+            study = dataclasses.replace(study, constraints=[])
         yield from _curve_problems(study, config)
     possible = {cell_key(baseline): config} if config is not None else {}
     if study.search.designed:
@@ -127,7 +131,7 @@ def _design_problems(study: Study, told: list[str], possible: dict[str, RunConfi
 
 def _search_problems(study: Study, told: list[str], possible: dict[str, RunConfig]) -> Iterator[str]:
     """Values that no cell can have, and constraints that none keeps to: looked for in cells drawn at random."""
-    drawn = sample(study, SAMPLE)
+    drawn = list(sample(study, SAMPLE))
     for path, entry in study.space.items():
         for value in choices.levels[:: max(len(choices.levels) - 1, 1)] if isinstance(choices := choices_of(entry), Range) else choices:
             first: list[str] = []
@@ -141,8 +145,8 @@ def _search_problems(study: Study, told: list[str], possible: dict[str, RunConfi
             else:
                 if not set(first) <= set(told):
                     yield f"space.{path} = {value!r}: is possible in no cell: {first[0]}"
-    if any(bound.before_training for bound in study.bounds) and not any(_keeps(study, cell) for cell in drawn):
-        yield f"constraints: none of {SAMPLE} cells drawn at random keeps to {study.constraints}; loosen them, or narrow the space"
+    if any(bound.before_training for bound in study.bounds) and not any(_keeps(study, cell) for cell in sample(study, MANY)):
+        yield f"constraints: none of {MANY} cells drawn at random keeps to {study.constraints}; loosen them, or narrow the space"
 
 
 def _keeps(study: Study, cell: Mapping[str, Any]) -> bool:
@@ -150,10 +154,10 @@ def _keeps(study: Study, cell: Mapping[str, Any]) -> bool:
     return config is not None and not _broken(study, config)
 
 
-def sample(study: Study, count: int) -> list[dict[str, Any]]:
+def sample(study: Study, count: int) -> Iterator[dict[str, Any]]:
     """Cells drawn at random, always the same ones."""
     drawing = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    return [suggest_cell(drawing.ask(), study.space, study.baseline) for _ in range(count)]
+    return (suggest_cell(drawing.ask(), study.space, study.baseline) for _ in range(count))
 
 
 def _unrecorded(study: Study, configs: list[RunConfig]) -> Iterator[str]:
