@@ -75,7 +75,8 @@ def load(root: Path) -> StudyRecord:
         study=study,
         state=_json(root / schema.STATE_FILE),
         data=_json(root / schema.DATA_FILE),
-        runs=tuple(_run(folder) for folder in folders),
+        # Short runs that re-tune a learning rate are no replicates.
+        runs=tuple(_run(folder) for folder in folders if _json(folder / schema.RUN_FILE).get("role", "replicate") == "replicate"),
     )
 
 

@@ -57,6 +57,7 @@ def init(
 @app.command()
 def check(study: StudyFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Find every mistake in a study file; starts nothing.  Example: python -m sweeps check sweeps/studies/quickstart.yaml"""
+    from sweeps.check_cells import notes
     from sweeps.study import load_study
 
     try:
@@ -67,8 +68,10 @@ def check(study: StudyFile, overrides: Overrides = None, as_json: AsJson = False
         print(json.dumps({"file": str(study), "ok": False, "problems": list(error.problems)}, indent=1, ensure_ascii=False))
         raise typer.Exit(1) from None
     if as_json:
-        print(json.dumps({"file": str(study), "ok": True, "problems": [], "study": loaded.name, "question": loaded.question}, ensure_ascii=False))
+        print(json.dumps({"file": str(study), "ok": True, "problems": [], "notes": list(notes(loaded)), "study": loaded.name}, ensure_ascii=False))
     else:
+        for note in notes(loaded):
+            print(f"note: {note}")
         print(f"{study}: all right ({loaded.name}: {loaded.question})")
 
 
@@ -101,8 +104,11 @@ def plan(study: StudyFile, root: Root = None, overrides: Overrides = None, as_js
             f"{row['seconds']:,.0f}",
         )
     console().print(table)
+    for note in planned["notes"]:
+        print(f"note: {note}")
+    short = f" + {planned['retune_runs']} short ones" if planned["retune_runs"] else ""
     print(
-        f"{planned['variants']} variants x {planned['seeds']} seeds = {planned['runs']} runs on {planned['workers']} workers, "
+        f"{planned['variants']} variants x {planned['seeds']} seeds{short} = {planned['runs']} runs on {planned['workers']} workers, "
         f"about {planned['expected_seconds'] / 60:.1f} minutes ({planned['estimate']})"
     )
 
@@ -136,7 +142,7 @@ def submit(
     from sweeps.jobs import submit as submit_job
     from sweeps.study import load_study
 
-    loaded = load_study(study, overrides or [])
+    loaded = load_study(study, overrides or [], here=False)
     arguments = [part for override in overrides or [] for part in ("--set", override)]
     job = submit_job(study, address, arguments)
     token = "RAY_AUTH_MODE=token " if os.environ.get("RAY_AUTH_MODE") == "token" else ""

@@ -77,7 +77,10 @@ class RayExecutor:
         if not ray.is_initialized():
             connect(ray, os.environ.get("RAY_ADDRESS"))
         self._resources, self._wanted, self._runs = resources, resources.workers, runs
-        self._gpus = resources.gpus_per_worker if ray.cluster_resources().get("GPU", 0.0) else 0.0
+        has_gpus = bool(ray.cluster_resources().get("GPU", 0.0))
+        if resources.gpus == "required" and not has_gpus:
+            raise ConfigError("resources.gpus = 'required': this Ray has no GPU; use gpus: auto, or a cluster that has some")
+        self._gpus = resources.gpus_per_worker if has_gpus and resources.gpus != "none" else 0.0
         self._slots: list[_Slot] = []
         self._told: list[Event] = []
         self._bad_starts, self._ever_started, self._resized, self._late = 0, False, 0.0, 0

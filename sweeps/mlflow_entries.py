@@ -66,7 +66,7 @@ def run_tags(study: Study, root: Path, about: Mapping[str, Any], parent: str) ->
         "mlflow.parentRunId": parent,
         schema.TAG_SCHEMA: str(schema.SCHEMA_VERSION),
         schema.TAG_STUDY: study.name,
-        schema.TAG_ROLE: str(about.get("role", "run")),
+        schema.TAG_ROLE: "retune" if about.get("role") == "retune" else "run",
         schema.TAG_ROOT: str(root),
         schema.TAG_RUN: about["run"],
         schema.TAG_VARIANT: about["variant"],

@@ -271,7 +271,7 @@ def _variant(runs: list[RunStatus], metric: str) -> Variant:
 
 def _identity(about: Mapping[str, Any]) -> dict[str, Any]:
     own = {key: about[key] for key in ("run", "trial", "variant", "seed", "baseline")}
-    return {**own, "counts": about.get("role", "run") == "run"}
+    return {**own, "counts": about.get("role") != "retune"}
 
 
 def _ended_run(about: Mapping[str, Any], summary: Mapping[str, Any], metrics: list[str]) -> RunStatus:

@@ -199,6 +199,14 @@ def failed_summary(reason: str, attempts: int, failure: str = schema.BUG) -> dic
     }
 
 
+def pruned_summary(reason: str, attempts: int, directory: Path) -> dict[str, Any]:
+    """The summary of a run that was given up while no worker had it: as far as it had come, no final numbers."""
+    path = directory / schema.METRICS_FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    last = json.loads(lines[-1]) if lines and lines[-1].endswith("}") else {"step": 0, "tokens": 0}
+    return {**failed_summary(reason, attempts), "state": schema.PRUNED, "failure": None, "steps": last["step"], "tokens": last["tokens"]}
+
+
 def write_summary(directory: Path, summary: Mapping[str, Any]) -> None:
     write_text(directory / schema.SUMMARY_FILE, json.dumps(summary, indent=1))
 
