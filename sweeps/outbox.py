@@ -1,10 +1,15 @@
 """From the root to the tracker, beside the driver's loop: a server that is away blocks its client for seconds, never a run."""
 
 import threading
+import time
 from collections.abc import Callable
 
+from sweeps import schema
 from sweeps.book import Book
 from sweeps.tracking import Tracker
+
+FINAL_PAUSES = (3.0, 10.0)
+"""Seconds between the last attempts at a store that is away when the study ends; `run` again sends what they do not."""
 
 
 class Outbox:
@@ -31,13 +36,18 @@ class Outbox:
         self._sending.start()
 
     def finish(self, state: str) -> None:
-        """Send the rest, and how the study ended."""
+        """Send the rest, and how the study ended; a store that only now comes back is given a moment, unless it is to be stopped."""
         self._await()
-        runs, self._handed = self._book.to_send()
-        # The last turn must not be skipped because an earlier one failed.
-        self._tracker.sync(runs, final=True)
-        self._sent()
-        self._tracker.finish(state)
+        for pause in (*(FINAL_PAUSES if state != schema.STOPPED else ()), None):
+            runs, self._handed = self._book.to_send()
+            # The last turn must not be skipped because an earlier one failed.
+            self._tracker.sync(runs, final=True)
+            self._sent()
+            if not self.behind:
+                self._tracker.finish(state)
+            if not self.behind or pause is None:
+                break
+            time.sleep(pause)
 
     def _await(self) -> None:
         if self._sending is not None:

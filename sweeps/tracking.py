@@ -85,14 +85,14 @@ class Tracker:
             self._away(error)
 
     def _away(self, error: Exception) -> None:
-        self.behind = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else 'no reason given'}"
+        self.behind = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:400] if str(error).strip() else 'no reason given'}"
         self._retry_at = time.monotonic() + RETRY_SECONDS
 
     def _open(self) -> None:
         if self._client is not None:
             return
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
