@@ -13,11 +13,11 @@ import typer
 from research.atomic import write_text
 from research.benchmark.machine import describe_machine
 from research.model.kernels import native
-from tests.bench import decoding, moe, training
+from tests.bench import decoding, moe, sweeping, training
 from tests.bench.common import pin
 from tests.bench.page import render
 
-PARTS = ("training", "workers", "moe", "decoding")
+PARTS = ("training", "workers", "moe", "decoding", "sweeps")
 STEPS = [
     ("deepseek-v2-micro", 8, 256),
     ("deepseek-v2-micro", 2, 1024),
@@ -66,6 +66,8 @@ def main(
         found["prefill"] = _said(decoding.measure_prefill(models[0], 256 if quick else 4096))
     if "workers" in parts:
         found["workers"] = _said(training.measure_workers("deepseek-v2-micro", 2 if quick else 12))
+    if "sweeps" in parts:
+        found["sweeps"] = {"overhead": [_said(one) for one in sweeping.measure_overhead(quick)], **sweeping.measure_driver(quick)}
     stem = f"cpu-{found['date']}{'-quick' if quick else ''}"
     write_text(out / f"{stem}.json", json.dumps(found, indent=1) + "\n")
     write_text(out / f"{stem}.md", render(found))
