@@ -22,11 +22,9 @@ from sweeps import schema
 from sweeps.places import home, started_root, study_root, tracking_uri
 
 if TYPE_CHECKING:
-    from sweeps.executors import Executor
     from sweeps.study import Study
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-FINISHED_WITH_FAILURES, STOPPED = 3, 143
 
 StudyFile = Annotated[Path, typer.Argument(help="A study's YAML file, such as sweeps/studies/quickstart.yaml", exists=True, dir_okay=False)]
 StudyName = Annotated[str, typer.Argument(help="A study's name, root or YAML file")]
@@ -341,29 +339,11 @@ def _root(study: "Study", root: Path | None) -> Path:
     return (root or home() / "studies" / study.name).absolute()
 
 
-def _executor(name: str, study: "Study", runs: int) -> "Executor":
-    from sweeps.cluster import RayExecutor
-    from sweeps.executors import InlineExecutor
-
-    return InlineExecutor() if name == "inline" else RayExecutor(study.resources, runs)
-
-
 def _drive(study: "Study", place: Path, executor: str, function: str) -> None:
-    """Until the study has ended; its end is the exit code."""
-    from sweeps.driver import Driver
-    from sweeps.progress import progress
-    from sweeps.status import read_json
+    from sweeps.launch import drive
 
-    with progress(place) as announce:
-        state = Driver(study, place, lambda s, runs: _executor(executor, s, runs), announce, function).run()
-    print(f"{state}: {place}")
-    behind = read_json(place / schema.STATE_FILE).get("mlflow_behind")
-    late = f" (away: {behind}; `run` again sends what is missing)" if behind else ""
-    print(f"MLflow: {tracking_uri()}{late}   report: python -m reports build {place}")
-    if state == schema.STOPPED:
-        raise typer.Exit(STOPPED)
-    if state != schema.FINISHED:
-        raise typer.Exit(FINISHED_WITH_FAILURES)
+    if code := drive(study, place, executor, function):
+        raise typer.Exit(code)
 
 
 def main() -> None:

@@ -264,6 +264,8 @@ class Driver:
             state = schema.STOPPED
         else:
             state = "finished-with-failures" if self.book.failures.total() else "finished"
+        # First of all: `ray job stop` kills three seconds after it asks, and a tracker may take longer to answer.
+        self._write_state(state)
         self.outbox.finish(state)
         self._write_state(state)
         return state

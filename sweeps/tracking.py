@@ -45,6 +45,7 @@ class Tracker:
         self.study, self.root, self.commit = study, root, commit
         self.behind: str | None = None
         self._ends = 0
+        self._undrawn: set[str] = set()
         self._retry_at = self._note_at = 0.0
         self._client: Any = None
         self._experiment = self._parent = ""
@@ -206,8 +207,9 @@ class Tracker:
         for name in ARTIFACTS:
             if (directory / name).exists():
                 self._client.log_artifact(run_id, str(directory / name))
-        state["drawn"] = summary["seconds"] >= PICTURE_SECONDS and summary["state"] != schema.STOPPED
-        if state["drawn"]:
+        if summary["seconds"] < PICTURE_SECONDS:
+            self._undrawn.add(about["run"])
+        elif summary["state"] != schema.STOPPED:
             self._draw_run(run_id, directory, about["variant"], about["seed"])
         status = {schema.FINISHED: "FINISHED", schema.PRUNED: "FINISHED", schema.STOPPED: "KILLED"}.get(summary["state"], "FAILED")
         self._client.set_terminated(run_id, status)
@@ -233,14 +235,12 @@ class Tracker:
         from sweeps import figures  # noqa: PLC0415  (matplotlib)
 
         until = time.monotonic() + max(PICTURE_LEAST, PICTURE_SHARE * sum(run.seconds for run in status.runs if run.ended))
-        for run in (run for variant in status.variants for run in variant.runs if run.ended):
+        for run in (run for variant in status.variants for run in variant.runs if run.ended and run.run in self._undrawn):
             if time.monotonic() > until:
                 break
             directory = self.root / schema.RUNS_DIRECTORY / run.run
-            state = read_json(directory / STATE_FILE)
-            if state.get("run_id") and not state.get("drawn"):
-                self._draw_run(state["run_id"], directory, run.variant, run.seed)
-                write_text(directory / STATE_FILE, json.dumps({**state, "drawn": True}))
+            self._draw_run(read_json(directory / STATE_FILE)["run_id"], directory, run.variant, run.seed)
+        self._undrawn.clear()
         with tempfile.TemporaryDirectory() as folder:
             if figures.draw_study(status, Path(folder)):
                 self._client.log_artifacts(self._parent, folder, "figures")
