@@ -62,6 +62,7 @@ class Driver:
         self.trials: dict[int, Trial] = {}
         self.queue: list[str] = []
         self.pruned: dict[str, str] = {}
+        self.tried: set[str] = set()
         self.stopping = False
         self.halt: str | None = None
         self._sending: threading.Thread | None = None
@@ -185,7 +186,8 @@ class Driver:
         rates = tuning.rates(own)
         runs = [f"{number:03d}-lr{i}" for i in range(len(rates))]
         for run, rate in zip(runs, rates, strict=True):
-            if run not in self.runs:
+            if run not in self.tried:
+                self.tried.add(run)
                 self._plan_run(run, number, cell, retune.short_config(config, tuning, rate), {"role": retune.ROLE})
         if any(self.states[run]["state"] not in schema.STATES or self.states[run]["state"] == schema.STOPPED for run in runs):
             return None

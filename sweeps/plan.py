@@ -107,7 +107,7 @@ def _rate(root: Path, config: RunConfig) -> tuple[float, str]:
     rates = []
     for path in sorted((root / schema.RUNS_DIRECTORY).glob(f"*/{schema.SUMMARY_FILE}")):
         summary = _json(path)
-        if summary.get("state") == schema.FINISHED:
+        if summary.get("state") == schema.FINISHED and schema.TRAIN_FLOPS_PER_TOKEN in summary["metrics"] and summary["seconds"] > 0:
             rates.append(summary["metrics"][schema.TRAIN_FLOPS_PER_TOKEN] * summary["tokens"] / summary["seconds"])
     if rates:
         return float(np.median(rates)), f"the median of {len(rates)} finished runs of this study"

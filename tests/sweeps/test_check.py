@@ -136,18 +136,14 @@ def test_a_model_without_experts_records_no_routing(study: StudyWriter) -> None:
         assert len(found) == 1
         assert "without routed experts routes nothing" in found[0]
     layers = {"model.moe.first_k_dense_replace": [1, 2]}
-    found = told(
-        study(space=layers, baseline={"model.moe.first_k_dense_replace": 1}, objectives=[{"metric": "routing/expert_violation/layer_1"}])
-    )
+    found = told(study(space=layers, baseline={"model.moe.first_k_dense_replace": 1}, objectives=[{"metric": "routing/expert_violation/layer_1"}]))
     assert "not every run records it" in found[0], "one cell of the design has no such layer"
 
 
 def test_cells_of_a_design_that_break_a_constraint_are_listed(study: StudyWriter) -> None:
     loaded = load_study(study(space={LATENT: [16, 64, 128]}, baseline={LATENT: 16}, constraints=["kv_bytes <= 320", "diverged"]))
     assert notes(loaded) == ["cell (kv_lora_rank=128) is not trained: it breaks kv_bytes <= 320: it is 576"]
-    result = CliRunner().invoke(
-        app, ["check", str(study(space={LATENT: [16, 64, 128]}, baseline={LATENT: 16}, constraints=["kv_bytes <= 320"]))]
-    )
+    result = CliRunner().invoke(app, ["check", str(study(space={LATENT: [16, 64, 128]}, baseline={LATENT: 16}, constraints=["kv_bytes <= 320"]))])
     assert result.exit_code == 0
     assert "kv_lora_rank=128) is not trained" in result.stdout
 
