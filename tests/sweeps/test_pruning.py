@@ -72,7 +72,7 @@ def test_a_pruned_trial_is_recorded_as_what_it_is(study: StudyWriter, local: Pat
     assert {path: path.read_bytes() for path in sorted(root.glob("runs/*/*.json"))} == before
 
 
-def pruned_study(study: StudyWriter, trials: int = 7) -> Path:
+def pruned_study(study: StudyWriter, trials: int = 6) -> Path:
     return study(
         search={"sampler": "random", "trials": trials, "seed": 2},
         space={CHOSEN: [1, 2, 4], LIMIT: {"low": 1, "high": 8}},

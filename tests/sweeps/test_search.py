@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.storages import BaseStorage, InMemoryStorage
 
 from sweeps import constraints, schema
 from sweeps.constraints import parse
@@ -40,10 +41,10 @@ def summary(cell: dict[str, Any], state: str = schema.FINISHED) -> dict[str, Any
     return {"state": state, "steps": 7, "metrics": {BITS: bits, KV: 4.0 * cell[LATENT], schema.DEVICE_VIOLATION: cell[CHOSEN] / 8}}
 
 
-def draw(study: Study, root: Path, count: int | None = None) -> list[dict[str, Any]]:
+def draw(study: Study, root: Path, count: int | None = None, storage: BaseStorage | None = None) -> list[dict[str, Any]]:
     """Ask and tell until `count` cells were trained, or all; each call is a driver of its own."""
     root.mkdir(exist_ok=True)
-    search, found = Search(study, root), list[dict[str, Any]]()
+    search, found = Search(study, root, storage), list[dict[str, Any]]()
     while (count is None or len(found) < count) and (trial := search.ask()) is not None:
         if search.rejects(trial) is None:
             found.append(search.cell(trial))
@@ -66,14 +67,15 @@ def test_a_search_that_is_killed_now_and_then_draws_what_it_would_have(
     loaded = load_study(
         study(search=search, space=SPACE, baseline=BASELINE, objectives=objectives, constraints=["kv_bytes <= 800", "device_violation <= 0.8"])
     )
-    whole = draw(loaded, tmp_path / "whole")
-    parts = [cell for n in (1, 4, 5, None) for cell in draw(loaded, tmp_path / "parts", n)]
+    whole = draw(loaded, tmp_path, storage=InMemoryStorage())
+    storage = InMemoryStorage()  # all that one driver leaves to the next
+    parts = [cell for n in (1, 4, 5, None) for cell in draw(loaded, tmp_path, n, storage)]
     assert len(whole) == count
     assert parts == whole
     assert whole[0] == BASELINE
     assert len({json.dumps(cell) for cell in whole}) == count, "no cell twice"
     other = load_study(study(search={**search, "seed": 4}, space=SPACE, baseline=BASELINE, objectives=objectives))
-    assert draw(other, tmp_path / "other", 5)[1:] != whole[1:5]
+    assert draw(other, tmp_path, 5, InMemoryStorage())[1:] != whole[1:5]
 
 
 def test_a_trial_that_was_killed_while_it_was_drawn_is_drawn_to_its_end(study: StudyWriter, tmp_path: Path) -> None:
@@ -97,7 +99,7 @@ def test_better_cells_are_drawn_more_often_by_what_learns(study: StudyWriter, tm
     for sampler in ("random", "tpe"):
         search = {"sampler": sampler, "trials": 30, "seed": 1}
         loaded = load_study(study(search=search, space=SPACE, baseline=BASELINE))
-        mean[sampler] = sum(summary(cell)["metrics"][BITS] for cell in draw(loaded, tmp_path / sampler)[15:]) / 15
+        mean[sampler] = sum(summary(cell)["metrics"][BITS] for cell in draw(loaded, tmp_path, storage=InMemoryStorage())[15:]) / 15
     assert mean["tpe"] < mean["random"]
 
 
