@@ -234,3 +234,22 @@ def test_a_short_run_is_the_same_run_but_shorter(study: StudyWriter) -> None:
     assert (short.training.train_tokens, short.training.batch_ramp_tokens, short.training.optimizer.learning_rate) == (512, 250, 0.5)
     assert short.model == config.model
     assert short.data == config.data
+
+
+def test_the_baseline_and_the_cells_of_a_design_are_never_pruned(study: StudyWriter, tmp_path: Path) -> None:
+    """With several workers others may have ended long before the baseline."""
+    asking = search.Search(load_study(pruned_study(study, trials=9)), tmp_path)
+    baseline, *good = [trial for _ in range(5) if (trial := asking.ask()) is not None]
+
+    def curve(number: int, level: float) -> None:
+        file = tmp_path / "runs" / f"{number:03d}-0" / schema.METRICS_FILE
+        file.parent.mkdir(parents=True)
+        file.write_text("".join(json.dumps({"step": s, "tokens": 1, schema.BITS_PER_BYTE: level}) + "\n" for s in (4, 8, 12)))
+
+    for trial in good[:3]:
+        curve(trial.number, 2.0)
+        asking.tell(trial, [{"state": schema.FINISHED, "steps": 16, "metrics": {schema.BITS_PER_BYTE: 2.0}}] * 2)
+    curve(baseline.number, 9.0)
+    curve(good[3].number, 9.0)
+    assert asking.should_prune(good[3], {}) is not None
+    assert asking.should_prune(baseline, {}) is None
