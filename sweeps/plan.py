@@ -54,7 +54,7 @@ def plan(study: Study, root: Path, workers: int) -> dict[str, Any]:
         "workers": workers,
         "expected_seconds": per_trial * trials / workers,
         "estimate": f"{rate / 1e9:.1f} GFLOP/s per worker, {source}",
-        "notes": notes(study),
+        "notes": [*notes(study), *_preview_note(study, len(rows))],
         "not_trained": refused,
         "rows": rows,
     }
@@ -72,6 +72,13 @@ def _cells(study: Study, root: Path) -> tuple[list[dict[str, Any]], list[dict[st
         else:
             trained.append(cell)
     return trained, refused
+
+
+def _preview_note(study: Study, shown: int) -> list[str]:
+    if study.search.designed or shown >= (study.search.trials or 1):
+        return []
+    later = "" if study.search.sampler in ("random", "quasi-random") else "; what comes later depends on what they reach"
+    return [f"the first {shown} of {study.search.trials} trials as {study.search.sampler} draws them{later}"]
 
 
 def _retune_share(study: Study) -> float:
@@ -107,7 +114,7 @@ def _rate(root: Path, config: RunConfig) -> tuple[float, str]:
     rates = []
     for path in sorted((root / schema.RUNS_DIRECTORY).glob(f"*/{schema.SUMMARY_FILE}")):
         summary = _json(path)
-        if summary.get("state") == schema.FINISHED:
+        if summary.get("state") == schema.FINISHED and schema.TRAIN_FLOPS_PER_TOKEN in summary["metrics"] and summary["seconds"] > 0:
             rates.append(summary["metrics"][schema.TRAIN_FLOPS_PER_TOKEN] * summary["tokens"] / summary["seconds"])
     if rates:
         return float(np.median(rates)), f"the median of {len(rates)} finished runs of this study"

@@ -49,6 +49,12 @@ RUN_KEYS: Final = ("schema", "run", "study", "trial", "variant", "seed", "baseli
 """`parameters` maps each searched path (`model.moe.device_limit`) to its value; `variant` is a short
 readable label of them, the same for all seeds; `baseline` is true for the study's named baseline."""
 
+RUN_EXTRA_KEYS: Final = ("role", "matched", "retune")
+"""May be there too.  `role`: `replicate`, or `retune` for a short run that tries a learning rate, which is in no statistic
+(its `seed` is that of the short run).  `matched`: the budget's `quantity`, `requested`, `achieved`, `difference` (relative),
+`adjusted` (a path or null) and `value`.  `retune`: the chosen `learning_rate`, `edge` (it is the lowest or highest that was
+tried), `chosen_by` and `tried`."""
+
 SUMMARY_KEYS: Final = ("schema", "state", "reason", "steps", "tokens", "seconds", "attempts", "metrics", "versions", "device", "failure")
 """`state` is one of STATES, `reason` a sentence or null, `metrics` the final value of each metric, `failure` one of FAILURE_CLASSES or null."""
 
@@ -138,7 +144,7 @@ TAG_SCHEMA: Final = "moelab.schema"
 TAG_STUDY: Final = "moelab.study"
 TAG_QUESTION: Final = "moelab.question"
 TAG_ROLE: Final = "moelab.role"
-"""`study` for the parent run, `run` for a child."""
+"""`study` for the parent run, `run` for a child, `retune` for a child that tries a learning rate."""
 TAG_VARIANT: Final = "moelab.variant"
 TAG_SEED: Final = "moelab.seed"
 TAG_TRIAL: Final = "moelab.trial"

@@ -120,7 +120,7 @@ class Search:
         trial.set_user_attr("states", json.dumps(states))
         if schema.PRUNED not in states:
             self._constrain(trial, summaries)
-        self._report_curve(trial)
+        self._report_all(trial, summaries)
         if schema.PRUNED in states or schema.DIVERGED in states:
             self._report_last(trial, summaries)
             self._optuna.tell(trial, state=TrialState.PRUNED)
@@ -200,7 +200,11 @@ class Search:
     def _adopt(self, frozen: FrozenTrial) -> Trial:
         self._use_sampler(frozen.number)
         trial = Trial(self._optuna, frozen._trial_id)
-        suggest_cell(trial, self.study.space, self.study.baseline)  # what stands is kept, what a kill left open is drawn
+        if self._existing(self._cell(frozen)).keys() - frozen.params.keys():
+            # It was killed while it was drawn: what it has is drawn once more for the sampler to be where it was.
+            for path in (p for p in in_order(self.study.space) if p in frozen.params and p not in trial.relative_params):
+                self._optuna.sampler.sample_independent(self._optuna, frozen, path, frozen.distributions[path])
+        suggest_cell(trial, self.study.space, self.study.baseline)
         return trial
 
     def _use_sampler(self, number: int) -> None:
@@ -286,11 +290,12 @@ class Search:
         finished = [(i, seed, s["metrics"]) for i, seed, s in ended if s["state"] == schema.FINISHED and metric in s["metrics"]]
         return [(i, m[metric], f"after seed {seed}") for i, seed, m in finished]
 
-    def _report_curve(self, trial: Trial) -> None:
-        """Whatever a pruned study's run has recorded and no look has seen, so that later trials are compared with all of it."""
-        pruner = self.study.pruner.kind
-        if pruner not in ("none", "wilcoxon") and not self.study.search.designed and PRUNED_STEP not in trial.user_attrs:
-            for step, value, _ in self._curve_news(trial):
+    def _report_all(self, trial: Trial, summaries: Sequence[dict[str, Any]]) -> None:
+        """Whatever a trial that ran to its end has recorded and no look has seen, so that later ones are compared with all of it."""
+        kind = self.study.pruner.kind
+        if kind != "none" and not self.study.search.designed and PRUNED_STEP not in trial.user_attrs:
+            ended = dict(zip(self.study.seeds, summaries, strict=False))
+            for step, value, _ in self._seed_news(trial, ended) if kind == "wilcoxon" else self._curve_news(trial):
                 trial.report(value, step)
         self._curves.pop(trial.number, None)
 

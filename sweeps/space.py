@@ -130,9 +130,10 @@ def suggest(trial: BaseTrial, path: str, choices: Choices) -> Any:
     """Optuna's value for one dimension."""
     if not isinstance(choices, Range):
         return trial.suggest_categorical(path, choices)
+    high = choices.levels[-1]  # the last whole step
     if choices.whole and int in _types(path):
-        return trial.suggest_int(path, int(choices.low), int(choices.high), step=int(choices.step or 1), log=choices.log)
-    return trial.suggest_float(path, choices.low, choices.high, step=choices.step, log=choices.log)
+        return trial.suggest_int(path, int(choices.low), int(high), step=int(choices.step or 1), log=choices.log)
+    return trial.suggest_float(path, choices.low, high, step=choices.step, log=choices.log)
 
 
 def suggest_cell(trial: BaseTrial, space: Mapping[str, Entry], baseline: Mapping[str, Any]) -> dict[str, Any]:
