@@ -1,7 +1,9 @@
 """`python -m sweeps`: studies from a file to a store.
 
-Exit codes: 0; 1 a mistake in a file; 2 wrong usage; 3 finished with failures; 143 stopped.
+Exit codes: 0; 1 a mistake in a file, or what cannot be done; 2 wrong usage; 3 finished with failures; 143 stopped.
 """
+
+# Every command imports what it needs itself: `status` and `--help` answer at once, and Ray, MLflow and torch take seconds.
 
 import json
 import os
@@ -9,48 +11,76 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.live import Live
-from rich.table import Table
 
 from research.errors import UserError
 from research.terminal import console
 from sweeps import schema
-from sweeps.cluster import RayExecutor
-from sweeps.driver import Driver
-from sweeps.executors import Executor, InlineExecutor
-from sweeps.lease import holder_of, is_driven
-from sweeps.plan import plan as make_plan
-from sweeps.study import Study, home, load_study, study_root
-from sweeps.tracking import tracking_uri
+from sweeps.places import home, started_root, study_root, tracking_uri
+
+if TYPE_CHECKING:
+    from sweeps.study import Study
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-FINISHED_WITH_FAILURES, STOPPED = 3, 143
 
 StudyFile = Annotated[Path, typer.Argument(help="A study's YAML file, such as sweeps/studies/quickstart.yaml", exists=True, dir_okay=False)]
+StudyName = Annotated[str, typer.Argument(help="A study's name, root or YAML file")]
 Root = Annotated[Path | None, typer.Option(help="The study's directory; default $MOELAB_HOME/studies/NAME (.moelab here)")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="path=value over the file, such as seeds=[0] or base.training.train_tokens=200000")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object instead of a table")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object instead of text")]
+ExecutorName = Annotated[str, typer.Option("--executor", help="ray, or inline: no Ray, one run after another in this process")]
+Function = Annotated[str, typer.Option(hidden=True)]
+REAL = "sweeps.trial:run_trial"
 
 
 @app.command()
-def check(study: StudyFile, overrides: Overrides = None) -> None:
+def init(
+    name: Annotated[str, typer.Argument(help="Of the study and its file")] = "study",
+    folder: Annotated[Path, typer.Option(help="Where the file goes", file_okay=False)] = Path(),
+    as_json: AsJson = False,
+) -> None:
+    """Write a commented study file that can be run as it is; asks nothing.  Example: python -m sweeps init latent"""
+    from sweeps.init import init as write
+
+    path = write(name, folder)
+    following = [f"python -m sweeps {command} {path}" for command in ("check", "plan", "run")]
+    print(json.dumps({"file": str(path), "next": following}) if as_json else "\n".join([f"{path}: edit it, then", *(f"  {c}" for c in following)]))
+
+
+@app.command()
+def check(study: StudyFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Find every mistake in a study file; starts nothing.  Example: python -m sweeps check sweeps/studies/quickstart.yaml"""
-    loaded = load_study(study, overrides or [])
-    print(f"{study}: all right ({loaded.name}: {loaded.question})")
+    from sweeps.check_cells import notes
+    from sweeps.study import load_study
+
+    try:
+        loaded = load_study(study, overrides or [])
+    except UserError as error:
+        if not as_json:
+            raise
+        print(json.dumps({"file": str(study), "ok": False, "problems": list(error.problems)}, indent=1, ensure_ascii=False))
+        raise typer.Exit(1) from None
+    if as_json:
+        print(json.dumps({"file": str(study), "ok": True, "problems": [], "notes": list(notes(loaded)), "study": loaded.name}, ensure_ascii=False))
+    else:
+        for note in notes(loaded):
+            print(f"note: {note}")
+        print(f"{study}: all right ({loaded.name}: {loaded.question})")
 
 
 @app.command()
 def plan(study: StudyFile, root: Root = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """How many runs, parameters, FLOPs, memory and time; starts nothing.  Example: python -m sweeps plan sweeps/studies/quickstart.yaml"""
+    from rich.table import Table
+
+    from sweeps.plan import plan as make_plan
+    from sweeps.study import load_study
+
     loaded = load_study(study, overrides or [])
     workers = loaded.resources.workers if loaded.resources.workers != "auto" else max((os.cpu_count() or 1) // loaded.resources.cpus_per_worker, 1)
     planned = make_plan(loaded, _root(loaded, root), workers)
@@ -72,45 +102,28 @@ def plan(study: StudyFile, root: Root = None, overrides: Overrides = None, as_js
             f"{row['seconds']:,.0f}",
         )
     console().print(table)
+    for note in planned["notes"]:
+        print(f"note: {note}")
+    short = f" + {planned['retune_runs']} short ones" if planned["retune_runs"] else ""
     print(
-        f"{planned['variants']} variants x {planned['seeds']} seeds = {planned['runs']} runs on {planned['workers']} workers, "
+        f"{planned['variants']} variants x {planned['seeds']} seeds{short} = {planned['runs']} runs on {planned['workers']} workers, "
         f"about {planned['expected_seconds'] / 60:.1f} minutes ({planned['estimate']})"
     )
 
 
 @app.command()
-def run(
-    study: StudyFile,
-    root: Root = None,
-    overrides: Overrides = None,
-    executor: Annotated[str, typer.Option(help="ray, or inline: no Ray, one run after another in this process")] = "ray",
-    function: Annotated[str, typer.Option(hidden=True)] = "sweeps.trial:run_trial",
-) -> None:
+def run(study: StudyFile, root: Root = None, overrides: Overrides = None, executor: ExecutorName = "ray", function: Function = REAL) -> None:
     """Run a study, or go on with it.  Example: python -m sweeps run sweeps/studies/quickstart.yaml"""
+    from sweeps.study import load_study
+
     if executor not in ("ray", "inline"):
         raise typer.BadParameter(f"{executor!r} is neither 'ray' nor 'inline'", param_hint="--executor")
     loaded = load_study(study, overrides or [])
-    place = _root(loaded, root)
-    with _progress(place) as announce:
-        state = Driver(loaded, place, lambda s, runs: _executor(executor, s, runs), announce, function).run()
-    print(f"{state}: {place}")
-    behind = json.loads((place / schema.STATE_FILE).read_text(encoding="utf-8"))["mlflow_behind"]
-    late = f" (away: {behind}; `run` again sends what is missing)" if behind else ""
-    print(f"MLflow: {tracking_uri()}{late}   report: python -m reports build {place}")
-    if state == schema.STOPPED:
-        raise typer.Exit(STOPPED)
-    if state != "finished":
-        raise typer.Exit(FINISHED_WITH_FAILURES)
+    _drive(loaded, _root(loaded, root), executor, function)
 
 
 @app.command()
-def resume(
-    study: StudyFile,
-    root: Root = None,
-    overrides: Overrides = None,
-    executor: Annotated[str, typer.Option(help="ray or inline")] = "ray",
-    function: Annotated[str, typer.Option(hidden=True)] = "sweeps.trial:run_trial",
-) -> None:
+def resume(study: StudyFile, root: Root = None, overrides: Overrides = None, executor: ExecutorName = "ray", function: Function = REAL) -> None:
     """The same as run: what is finished stays, what was interrupted goes on.  Example: python -m sweeps resume sweeps/studies/quickstart.yaml"""
     run(study, root, overrides, executor, function)
 
@@ -121,107 +134,216 @@ def submit(
     address: Annotated[str, typer.Option(help="The Ray dashboard's address")] = "http://127.0.0.1:8265",
     overrides: Overrides = None,
     wait: Annotated[bool, typer.Option(help="Follow the job's output and end with its exit code")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run a study as a Ray job on a cluster.  Example: python -m sweeps submit sweeps/studies/quickstart.yaml --wait"""
-    from sweeps.jobs import submit as submit_job  # noqa: PLC0415  (imports ray)
+    from sweeps.jobs import submit as submit_job
+    from sweeps.study import load_study
 
-    load_study(study, overrides or [])
+    loaded = load_study(study, overrides or [], here=False)
     arguments = [part for override in overrides or [] for part in ("--set", override)]
     job = submit_job(study, address, arguments)
     token = "RAY_AUTH_MODE=token " if os.environ.get("RAY_AUTH_MODE") == "token" else ""
-    print(f"submitted {job.submission}; its studies are in {home()}")
-    print(f"follow it:  {token}ray job logs --address {address} --follow {job.submission}")
-    print(f"end it:     {token}ray job stop --address {address} {job.submission}", flush=True)
+    if as_json:
+        print(json.dumps({"submission": job.submission, "address": address, "root": str(_root(loaded, None))}), flush=True)
+    else:
+        print(f"submitted {job.submission}; its studies are in {home()}")
+        print(f"follow it:  {token}ray job logs --address {address} --follow {job.submission}")
+        print(f"end it:     {token}ray job stop --address {address} {job.submission}", flush=True)
     if wait and (code := job.follow()):
         raise typer.Exit(code)
 
 
 @app.command()
-def status(study: Annotated[str, typer.Argument(help="A study's name, root or YAML file")], as_json: AsJson = False, watch: bool = False) -> None:
-    """How far a study is.  Example: python -m sweeps status quickstart --watch"""
-    path = study_root(study) / schema.STATE_FILE
-    while True:
-        if not path.exists():
-            raise UserError(f"{path.parent}: is no study that was run (no {schema.STATE_FILE})")
-        state = json.loads(path.read_text(encoding="utf-8"))
-        if state["state"] == "running" and not is_driven(path.parent):
-            state["state"] = "interrupted"  # its driver is gone without a word; `run` goes on from there
+def status(
+    study: StudyName,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object; with --watch one per line whenever something changes")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Until it no longer runs")] = False,
+) -> None:
+    """How far a study is: best so far, expected end, failures by class, every variant.  Example: python -m sweeps status quickstart --watch"""
+    from sweeps import progress
+    from sweeps.status import Reader, StudyStatus
+
+    def show(found: StudyStatus) -> None:
         if as_json:
-            print(json.dumps(state, indent=1))
+            print(json.dumps(found.to_dict(), indent=None if watch else 1, ensure_ascii=False), flush=True)
         else:
-            console().print(_table(state, path.parent))
-        if not watch or state["state"] != "running":
-            return
-        time.sleep(2)
+            console().print(progress.View(lambda: found))
+
+    root = started_root(study)
+    if watch:
+        progress.watch(root, show)
+    else:
+        show(Reader(root).read())
 
 
 @app.command()
-def stop(study: Annotated[str, typer.Argument(help="A study's name, root or YAML file")]) -> None:
-    """Ask a running study to write its checkpoints and end.  Example: python -m sweeps stop quickstart"""
+def stop(
+    study: StudyName,
+    wait: Annotated[bool, typer.Option("--wait", help="Until its checkpoints are written and it has ended")] = False,
+    timeout: Annotated[float, typer.Option(min=1, help="With --wait: seconds, after which the exit code is 1")] = 600.0,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a running study to write its checkpoints and end.  Example: python -m sweeps stop quickstart --wait"""
+    from sweeps.lease import holder_of, is_driven
+    from sweeps.status import read_json
+
     root = study_root(study)
     if not is_driven(root):
         raise UserError(f"{root}: is not running")
     holder = holder_of(root)
     if holder["host"] != platform.node():
         raise UserError(f"{root}: is run by process {holder['pid']} on {holder['host']}: stop it there, or with `ray job stop` if it was submitted")
-    os.kill(holder["pid"], signal.SIGTERM)
-    print("asked to stop; `python -m sweeps run` goes on from there")
+    try:
+        os.kill(holder["pid"], signal.SIGTERM)
+    except PermissionError as error:
+        raise UserError(f"{root}: is run by process {holder['pid']} of another user, who has to stop it") from error
+    except ProcessLookupError:
+        pass  # it has just ended
+    deadline = time.monotonic() + timeout
+    while wait and is_driven(root):
+        if time.monotonic() > deadline:
+            raise UserError(f"{root}: process {holder['pid']} was asked to stop and has not ended within {timeout:.0f} s")
+        time.sleep(0.1)
+    now = read_json(root / schema.STATE_FILE).get("state") if wait else "stopping"
+    if as_json:
+        print(json.dumps({"root": str(root), "state": now, "pid": holder["pid"]}))
+    else:
+        print(f"{now}: {root}" if wait else "asked to stop; `python -m sweeps run` goes on from there")
 
 
 @app.command()
-def ui(port: int = 5000) -> None:
-    """MLflow's pages on the studies' store.  Example: python -m sweeps ui --port 5001"""
-    uri = tracking_uri()
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        raise UserError(f"{uri}: nothing has been recorded yet; `make ablation` does")
-    print(f"MLflow on {uri}: http://127.0.0.1:{port}   (Ctrl-C ends it)", flush=True)
-    os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port)])
+def retry(
+    study: StudyName,
+    classes: Annotated[
+        list[str] | None,
+        typer.Option("--class", help="died, node, out-of-memory, hang, bug, diverged, disk, or all; repeatable; default all but diverged"),
+    ] = None,
+    runs: Annotated[list[str] | None, typer.Option("--run", help="Only this run, such as 003-0; repeatable")] = None,
+    run_now: Annotated[bool, typer.Option("--run-now", help="And go on with the study")] = False,
+    executor: ExecutorName = "ray",
+    function: Function = REAL,
+    as_json: AsJson = False,
+) -> None:
+    """Put failed runs back, to be tried again from their checkpoints.  Example: python -m sweeps retry quickstart --class out-of-memory --run-now"""
+    from sweeps.failures import reset_runs
+
+    root = started_root(study)
+    wanted = classes or [kind for kind in schema.FAILURE_CLASSES if kind != schema.DIVERGED]
+    back = reset_runs(root, wanted, runs)
+    following = f"python -m sweeps run {root / schema.STUDY_FILE} --root {root}"
+    if as_json:
+        print(json.dumps({"root": str(root), "classes": wanted, "runs": back, "next": following if back and not run_now else None}), flush=True)
+    elif back:
+        print(f"{len(back)} runs are put back: {', '.join(back)}" + ("" if run_now else f"\ngo on:  {following}"), flush=True)
+    else:
+        print(f"{root}: no run failed as {', '.join(wanted)}; nothing to put back", flush=True)
+    if back and run_now:
+        from sweeps.study import load_study
+
+        _drive(load_study(root / schema.STUDY_FILE), root, executor, function)
 
 
-def _root(study: Study, root: Path | None) -> Path:
+@app.command()
+def workers(
+    study: StudyName, number: Annotated[str, typer.Argument(metavar="NUMBER|auto", help="Of workers, from now on until the driver ends")]
+) -> None:
+    """Give a running study more or fewer workers.  Example: python -m sweeps workers quickstart 4"""
+    from sweeps.control import set_workers
+    from sweeps.lease import is_driven
+
+    if number != "auto" and not number.isdecimal():
+        raise typer.BadParameter(f"{number!r} is neither a number nor 'auto'", param_hint="NUMBER")
+    root = started_root(study)
+    if not is_driven(root):
+        raise UserError(f"{root}: is not running; `python -m sweeps run FILE --set resources.workers={number}` starts it with so many")
+    set_workers(root, "auto" if number == "auto" else int(number))
+    print(f"{root}: asked for {number} workers")
+
+
+@app.command()
+def ui(
+    study: Annotated[str | None, typer.Argument(help="With --optuna: the study whose search is shown")] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of MLflow's pages")] = 5000,
+    optuna: Annotated[bool, typer.Option("--optuna", help="Optuna's pages too, on a study's search")] = False,
+    optuna_port: Annotated[int, typer.Option(min=1, max=65535)] = 8080,
+) -> None:
+    """MLflow's pages on the studies' store, and Optuna's.  Example: python -m sweeps ui quickstart --optuna"""
+    from sweeps.ui import mlflow_command, optuna_command, serve
+
+    if optuna and study is None:
+        raise typer.BadParameter("--optuna shows one study's search: name it", param_hint="STUDY")
+    commands = [mlflow_command(port)]
+    # MLflow opens on its pages for language-model traces unless it is told otherwise.
+    print(f"MLflow on {tracking_uri()}: http://127.0.0.1:{port}/#/experiments?workflowType=machine_learning   (Ctrl-C ends it)", flush=True)
+    if optuna and study is not None:
+        root = study_root(study)
+        commands.append(optuna_command(root, optuna_port))
+        print(f"Optuna on {root / schema.JOURNAL_FILE}: http://127.0.0.1:{optuna_port}", flush=True)
+    raise typer.Exit(serve(commands))
+
+
+@app.command()
+def export(
+    study: StudyName,
+    out: Annotated[Path | None, typer.Option(help="A file, .csv, .parquet or .json; default: CSV to the terminal")] = None,
+    form: Annotated[str | None, typer.Option("--format", help="csv, parquet or json, whatever the file's name")] = None,
+    metrics: Annotated[Path | None, typer.Option(metavar="FILE", help="Also every record of every run, one row per (run, step, metric)")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json")] = False,
+) -> None:
+    """One row per run: its settings, how it ended, its final metrics.
+
+    Example: python -m sweeps export quickstart --out runs.csv --metrics curves.parquet
+    """
+    from sweeps import export as table
+
+    root = study_root(study)
+    found = table.rows(root)
+    if not found:
+        raise UserError(f"{root}: holds no runs (expected {schema.RUNS_DIRECTORY}/*/{schema.RUN_FILE}); `python -m sweeps run` makes them")
+    kind = table.form_of(out, "json" if as_json else form)
+    curves_kind = table.form_of(metrics, None) if metrics is not None else ""
+    if out is not None:
+        table.write_rows(found, out, kind)
+        print(f"{out}: {len(found)} runs", file=sys.stderr)
+    elif kind == "parquet":
+        raise typer.BadParameter("a Parquet table needs a file: --out runs.parquet", param_hint="--format")
+    else:
+        sys.stdout.write(table.as_json(found) if kind == "json" else table.as_csv(found))
+    if metrics is not None:
+        print(f"{metrics}: {table.write_curves(root, metrics, curves_kind)} values", file=sys.stderr)
+
+
+@app.command()
+def doctor(
+    study: Annotated[Path | None, typer.Argument(help="Also what this study's file needs", exists=True, dir_okay=False)] = None,
+    address: Annotated[str | None, typer.Option(help="Of the Ray dashboard; default http://127.0.0.1:8265")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What on this machine or cluster would spoil a study, each with its remedy; exit code 1 if there is a problem.
+
+    Example: python -m sweeps doctor sweeps/studies/quickstart.yaml
+    """
+    from sweeps.doctor import PROBLEM, examine, report
+
+    findings = examine(study, address)
+    if as_json:
+        print(json.dumps({"ok": all(f.level != PROBLEM for f in findings), "findings": [f.to_dict() for f in findings]}, indent=1))
+    else:
+        console().print(report(findings))
+    if any(f.level == PROBLEM for f in findings):
+        raise typer.Exit(1)
+
+
+def _root(study: "Study", root: Path | None) -> Path:
     return (root or home() / "studies" / study.name).absolute()
 
 
-def _executor(name: str, study: Study, runs: int) -> Executor:
-    return InlineExecutor() if name == "inline" else RayExecutor(study.resources, runs)
+def _drive(study: "Study", place: Path, executor: str, function: str) -> None:
+    from sweeps.launch import drive
 
-
-@contextmanager
-def _progress(root: Path) -> Iterator[Any]:
-    """A live table on a terminal, a plain line per event elsewhere."""
-    if not sys.stdout.isatty():
-        yield lambda line: print(f"{datetime.now():%H:%M:%S} {line}", flush=True)
-        return
-    lines: list[str] = []
-    with Live(Table(), refresh_per_second=2) as live:
-
-        def show() -> None:
-            path = root / schema.STATE_FILE
-            state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"state": "starting", "runs": {}, "planned": 0}
-            table = _table(state, root)
-            table.caption = "\n".join(lines[-8:])
-            live.update(table)
-
-        def announce(line: str) -> None:
-            lines.append(f"{datetime.now():%H:%M:%S} {line}")
-            show()
-
-        yield announce
-        show()
-
-
-def _table(state: dict[str, Any], root: Path) -> Table:
-    done = sum(r["state"] in schema.STATES and r["state"] != schema.STOPPED for r in state["runs"].values())
-    table = Table("run", "variant", "seed", "state", "attempt", "result", title=f"{root.name}: {state['state']}, {done} of {state['planned']} runs")
-    for run, about in state["runs"].items():
-        folder = root / schema.RUNS_DIRECTORY / run
-        described = json.loads((folder / schema.RUN_FILE).read_text(encoding="utf-8"))
-        summary = folder / schema.SUMMARY_FILE
-        value = json.loads(summary.read_text(encoding="utf-8"))["metrics"].get(schema.BITS_PER_BYTE) if summary.exists() else None
-        reason = (about["reason"] or "").strip().splitlines()
-        result = f"{value:.4f} bits/byte" if value is not None else (reason[-1] if reason else "")
-        table.add_row(run, described["variant"], str(described["seed"]), about["state"], str(about["attempts"]), result)
-    return table
+    if code := drive(study, place, executor, function):
+        raise typer.Exit(code)
 
 
 def main() -> None:

@@ -22,6 +22,8 @@ from sweeps.study import Objective
 RECENT = 100
 """Ended runs that state.json shows."""
 WAITING, RUNNING = "waiting", "running"
+RETUNE = "retune"
+"""The role of a short run that tries a learning rate: how it ends is no result of the study."""
 LEARNT = (schema.FINISHED, schema.DIVERGED, schema.PRUNED)
 """Ends of which something is known; one of them shows that the study is not wrong as a whole."""
 
@@ -112,7 +114,7 @@ class Book:
         summary = read_json(directory / schema.SUMMARY_FILE)
         if summary:
             self.counts[summary["state"]] -= 1
-            if kind := failure_class(summary):
+            if (kind := failure_class(summary)) and about.get("role") != RETUNE:
                 self.failures[kind] -= 1
             self._recent = deque((pair for pair in self._recent if pair[0] != run), maxlen=RECENT)
         self.open[run] = OpenRun(about=about, directory=directory, attempts=Attempts(directory))
@@ -125,7 +127,7 @@ class Book:
         now = self.open[run]
         now.state, now.reason, now.failure = summary["state"], summary["reason"], failure_class(dict(summary))
         self.counts[now.state] += 1
-        if now.failure:
+        if now.failure and now.about.get("role") != RETUNE:
             self.failures[now.failure] += 1
         self.unsent[run] = summary["attempts"]
 
@@ -137,7 +139,7 @@ class Book:
 
     def _note_best(self, trial: int, objective: Objective) -> None:
         """By the mean over seeds of a trial that finished whole, for whoever asks for the state."""
-        runs = self.of_trial(trial)
+        runs = {name: run for name, run in self.of_trial(trial).items() if run.about.get("role") != RETUNE}
         values = [self.summary(name).get("metrics", {}).get(objective.metric) for name, run in runs.items() if run.state == schema.FINISHED]
         numbers = [value for value in values if value is not None]
         if not numbers or len(numbers) < len(runs):
@@ -188,10 +190,11 @@ class Book:
         """A run that an earlier driver left."""
         kind = failure_class(summary)
         self.counts[summary["state"]] += 1
-        self.failures.update([kind] if kind else [])
         self.lost.update(a["failure"] for a in attempts if a["failure"])
         self.unsent[run] = summary["attempts"]
         about = read_json(self.root / schema.RUNS_DIRECTORY / run / schema.RUN_FILE)
+        if kind and about.get("role") != RETUNE:
+            self.failures[kind] += 1
         shown = {"state": summary["state"], "attempts": summary["attempts"], "reason": summary["reason"], "failure": kind}
         place = {key: about.get(key) for key in ("trial", "variant", "seed")}
         self._recent.append((run, {**shown, **place, "step": summary["steps"], "node": None}))

@@ -43,6 +43,8 @@ class _Member:
     question: Any
     asked: float
     place: Place | None = None
+    moving: bool = False
+    """Whether its job has recorded anything: libraries, data and the model are there by then."""
     ended: Answer | None = None
 
 
@@ -75,7 +77,10 @@ class RayExecutor:
         if not ray.is_initialized():
             connect(ray, os.environ.get("RAY_ADDRESS"))
         self._resources, self._wanted, self._runs = resources, resources.workers, runs
-        self._gpus = resources.gpus_per_worker if ray.cluster_resources().get("GPU", 0.0) else 0.0
+        has_gpus = bool(ray.cluster_resources().get("GPU", 0.0))
+        if resources.gpus == "required" and not has_gpus:
+            raise ConfigError("resources.gpus = 'required': this Ray has no GPU; use gpus: auto, or a cluster that has some")
+        self._gpus = resources.gpus_per_worker if has_gpus and resources.gpus != "none" else 0.0
         self._slots: list[_Slot] = []
         self._told: list[Event] = []
         self._bad_starts, self._ever_started, self._resized, self._late = 0, False, 0.0, 0
@@ -108,7 +113,7 @@ class RayExecutor:
             size, limit = len(slot.members), self._resources.hang_seconds
             groups = [Group(rank=rank, size=size, address=address, timeout_seconds=limit) for rank in range(size)]
         for member, group in zip(slot.members, groups, strict=True):
-            member.ended = None
+            member.ended, member.moving = None, False
             member.actor.start.remote(replace(job, gpu_share=share, group=group))
 
     def poll(self, wait: float = 0.0) -> list[Event]:
@@ -173,9 +178,10 @@ class RayExecutor:
 
     def _progress(self, slot: _Slot, member: _Member, answer: Answer) -> list[Event]:
         assert slot.run is not None
+        member.moving |= bool(answer.records)
         if answer.failure is not None or answer.summary is not None:
             member.ended = answer
-        elif answer.idle > max(self._resources.hang_seconds, LONGER * answer.longest):
+        elif answer.idle > self._patience(member, LONGER * answer.longest):
             return self._lose(slot, Failure(kind=schema.HANG, text=f"no progress for {answer.idle:.0f} s; the worker was replaced"))
         run, first = slot.run, member is slot.members[0]
         found = [event for event in events(run, answer) if first and event.kind not in ("done", "failed")]
@@ -192,6 +198,10 @@ class RayExecutor:
             return [*found, Event(run=run, kind="failed", failure=failed)]
         return [*found, Event(run=run, kind="done", summary=summary)]
 
+    def _patience(self, member: _Member, shown: float = 0.0) -> float:
+        """Seconds without progress; a job that only begins imports libraries and makes its data."""
+        return max(self._resources.hang_seconds, shown, 0.0 if member.moving else START_SECONDS)
+
     def _overdue(self, slot: _Slot, member: _Member) -> list[Event]:
         """A question that was not answered in time."""
         if member.question is None or slot not in self._slots:
@@ -200,7 +210,7 @@ class RayExecutor:
         if slot.state == "lost" and waited > BURY_SECONDS:
             member.question = None
             return self._buried(slot, member, None)
-        if slot.state == "busy" and waited > min(POLL_SECONDS, self._resources.hang_seconds + ANSWER_SECONDS):
+        if slot.state == "busy" and waited > min(POLL_SECONDS, self._patience(member)) + ANSWER_SECONDS:
             return self._lose(slot, Failure(kind=schema.HANG, text=f"the worker has not answered for {waited:.0f} s; it was replaced"))
         return []
 

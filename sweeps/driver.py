@@ -8,31 +8,30 @@ import json
 import os
 import signal
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
-from optuna.trial import Trial
 
 from research import config as run_config
 from research.atomic import NO_ROOM, write_text
 from research.configfile import load_run_config
 from research.data.prepare import prepare
 from research.errors import ConfigError, DiskFull
-from sweeps import schema
-from sweeps.book import RUNNING, WAITING, Book, OpenRun, read_json
+from sweeps import retune, schema
+from sweeps.book import RUNNING, Book, OpenRun, read_json
 from sweeps.control import asked_workers
 from sweeps.executors import Event, Executor
-from sweeps.failures import Failure, was_reset
+from sweeps.failures import Failure
 from sweeps.identity import commit, refuse_another_study
 from sweeps.lease import lease
 from sweeps.outbox import Outbox
 from sweeps.search import Search
-from sweeps.study import Study, label
+from sweeps.study import Study
 from sweeps.tracking import Tracker, tracking_uri
-from sweeps.trial import Job, accepts, failed_summary, write_summary
+from sweeps.trial import Job, accepts, failed_summary, pruned_summary, write_summary
+from sweeps.trials import Trials
 
 TURN_SECONDS = 0.2
 STATE_SECONDS = 2.0
@@ -54,12 +53,6 @@ class Driver:
         self.study, self.root, self.announce, self.function = study, root, announce, function
         self.make_executor = executor
         self.commit = commit()
-        self.trials: dict[int, Trial] = {}
-        self.again: set[int] = set()
-        """Trials that Optuna was told of, some of whose runs were put back."""
-        self.queue: deque[str] = deque()
-        self.paused: list[tuple[float, str]] = []
-        """When each run goes back to the queue."""
         self.stopping = False
         self.halt: str | None = None
         self._alike: list[Failure] = []
@@ -97,10 +90,11 @@ class Driver:
             self._prepare()
         write_text(self.root / schema.STUDY_FILE, yaml.safe_dump(run_config.to_dict(self.study), sort_keys=False, allow_unicode=True))
         self.search = Search(self.study, self.root)
-        self.book = Book(self.root, self.search.total * len(self.study.seeds), {"study": self.study.name, "commit": self.commit})
+        self.book = Book(self.root, self.search.total * self.study.runs_per_trial, {"study": self.study.name, "commit": self.commit})
         self.outbox = Outbox(Tracker(self.study, self.root, self.commit), self.book, self.announce)
-        self._open_again()
-        if not (self.search.left or self.queue):
+        self.trials = Trials(self.study, self.root, self.search, self.book, self.commit, self.announce)
+        self.trials.open_again()
+        if not self.trials.left:
             self.announce("every run has ended already")
             return self._end()
         if not prepared:
@@ -131,16 +125,20 @@ class Driver:
         self.announce(f"{self.search.total} variants x {len(self.study.seeds)} seeds on {executor.workers} workers; root {self.root}")
         told_to_stop = False
         while True:
-            while not self.stopping and executor.free() and (run := self._next()):
+            turn = time.monotonic() + TURN_SECONDS
+            while not self.stopping and executor.free() and time.monotonic() < turn and (run := self.trials.next()):
                 executor.start(self._job(run))
-            for event in executor.poll(TURN_SECONDS):
+            more = not self.stopping and executor.free() and self.trials.queue
+            for event in executor.poll(0.0 if more else TURN_SECONDS):
                 self._take(event)
+            if not self.stopping:
+                self.trials.prune(executor)
             if self.stopping and not told_to_stop:
                 executor.request_stop()
                 told_to_stop = True
                 self.announce("stopping: every run writes a checkpoint first")
             self._now_and_then(executor)
-            if not self.book.running and (self.stopping or not (self.queue or self.paused or self._fill())):
+            if not self.book.running and (self.stopping or not (self.trials.queue or self.trials.paused or self.trials.fill())):
                 break
         return self._end()
 
@@ -157,70 +155,6 @@ class Driver:
             self.outbox.send()
             self._synced = now
 
-    # --- what is next ---------------------------------------------------------------------------------------------------------
-
-    def _open_again(self) -> None:
-        """Runs that `reset_runs` put back, of trials that Optuna was told of; those of open trials come with their trial."""
-        for path in sorted((self.root / schema.RUNS_DIRECTORY).glob(f"*/{schema.RUN_FILE}")):
-            about = read_json(path) if was_reset(path.parent) else None
-            if about is not None and self.search.was_told(about["trial"]):
-                self.again.add(about["trial"])
-                self.book.plan(path.parent.name, about)
-                self.queue.append(path.parent.name)
-
-    def _next(self) -> str | None:
-        """A run to start: of the trials asked for already, or of a newly asked one."""
-        now = time.monotonic()
-        self.queue.extendleft(run for at, run in self.paused if at <= now)
-        self.paused = [(at, run) for at, run in self.paused if at > now]
-        if not self.queue:
-            self._fill()
-        return self.queue.popleft() if self.queue else None
-
-    def _fill(self) -> bool:
-        """Ask for trials until one has a run to do; trials that the root already finished are told at once."""
-        while not self.queue:
-            if self.halt or (trial := self.search.ask()) is None:
-                return False
-            cell = dict(trial.params)
-            try:
-                configs = {seed: self.study.run_config(cell, seed) for seed in self.study.seeds}
-            except ConfigError as error:
-                self.announce(f"trial {trial.number}: {error}")
-                self.search.impossible(trial, str(error))
-                continue
-            self.trials[trial.number] = trial
-            for seed, config in configs.items():
-                self._plan_run(trial.number, seed, cell, config)
-            self._tell_if_done(trial.number)
-        return True
-
-    def _plan_run(self, number: int, seed: int, cell: dict[str, Any], config: run_config.RunConfig) -> None:
-        run = f"{number:03d}-{seed}"
-        directory = self.root / schema.RUNS_DIRECTORY / run
-        about = {
-            "schema": schema.SCHEMA_VERSION,
-            "run": run,
-            "study": self.study.name,
-            "trial": number,
-            "variant": label(cell, self.study.baseline),
-            "seed": seed,
-            "baseline": cell == {path: self.study.baseline[path] for path in cell},
-            "parameters": cell,
-            "config_id": run_config.config_id(config),
-            "commit": self.commit,
-        }
-        if not (directory / schema.RUN_FILE).exists():
-            write_text(directory / schema.CONFIG_FILE, json.dumps(run_config.to_dict(config), indent=1))
-            write_text(directory / schema.RUN_FILE, json.dumps(about, indent=1))
-        self.book.plan(run, about)
-        summary = self.book.summary(run)
-        # A trial that was not told yet is not done: what failed in it gets another chance (a bug may have been mended meanwhile).
-        if summary and summary["state"] not in (schema.STOPPED, schema.FAILED):
-            self.book.end(run, summary)
-        else:
-            self.queue.append(run)
-
     def _job(self, run: str) -> Job:
         now = self.book.open[run]
         config = read_json(now.directory / schema.CONFIG_FILE)
@@ -229,7 +163,7 @@ class Driver:
         # How an earlier attempt ended is not how this one does.
         (now.directory / schema.SUMMARY_FILE).unlink(missing_ok=True)
         spec = None
-        if config["model"]["moe"] is not None:
+        if config["model"]["moe"] is not None and now.about.get("role") != retune.ROLE:
             spec = run_config.to_dict(self.study.all_to_all(load_run_config(config, str(now.directory / schema.CONFIG_FILE))))
         again = f", attempt {attempt}" if attempt > 1 else ""
         self.announce(f"{run} starts: {now.about['variant']}, seed {now.about['seed']}{again}")
@@ -262,16 +196,26 @@ class Driver:
         elif event.kind == "done" and event.summary is not None:
             failure = Failure(kind=schema.DIVERGED, text=str(event.summary["reason"])) if event.summary["state"] == schema.DIVERGED else None
             run.attempts.last["step"] = event.summary["steps"]
-            run.attempts.end(event.summary["state"], failure)
-            if event.summary["state"] == schema.STOPPED and not self.stopping:
+            summary = event.summary
+            if event.run in self.trials.pruned and summary["state"] in (schema.STOPPED, schema.PRUNED):
+                summary = {**summary, "state": schema.PRUNED, "reason": self.trials.pruned[event.run]}
+                write_summary(run.directory, summary)
+            run.attempts.end(summary["state"], failure)
+            if summary["state"] == schema.STOPPED and not self.stopping:
                 self._put_back(event.run, "its worker was taken away; goes on from its checkpoint")
                 return
-            self._ended(event.run, event.summary)
+            self._ended(event.run, summary)
 
     def _failed(self, name: str, run: OpenRun, failure: Failure) -> None:
         """An attempt is over without a summary: another follows, or the run is given up."""
         self.book.lost[failure.kind] += 1
         verdict = run.attempts.fail(failure, self.function)
+        if name in self.trials.pruned:
+            # It was to end anyway.
+            summary = pruned_summary(self.trials.pruned[name], len(run.attempts.all), run.directory)
+            write_summary(run.directory, summary)
+            self._ended(name, summary)
+            return
         if verdict.again:
             self._put_back(name, f"{failure.kind} ({failure.line}); {verdict.said}", verdict.pause)
             return
@@ -282,12 +226,8 @@ class Driver:
         self._ended(name, summary)
 
     def _put_back(self, name: str, why: str, pause: float = 0.0) -> None:
-        self.book.open[name].state = WAITING
         self.announce(f"{name} {why}")
-        if pause:
-            self.paused.append((time.monotonic() + pause, name))
-        elif not self.stopping:
-            self.queue.appendleft(name)
+        self.trials.put_back(name, pause)
 
     def _ended(self, name: str, summary: dict[str, Any]) -> None:
         self.book.end(name, summary)
@@ -296,32 +236,9 @@ class Driver:
         shown = f", {metric} {value:.4g}" if value is not None and summary["state"] == schema.FINISHED else ""
         reason = f": {str(summary['reason']).strip().splitlines()[-1]}" if summary["reason"] else ""
         self.announce(f"{name} {summary['state']}{shown}{reason}  ({self.book.done} of {self.book.planned} runs)")
-        trial = self.book.open[name].about["trial"]
         self._halt_if_all_fail()
         if summary["state"] != schema.STOPPED:
-            self._tell_if_done(trial)
-
-    def _tell_if_done(self, number: int) -> None:
-        """Tell Optuna of a trial whose runs have all ended.
-
-        As long as nothing is learnt, failures are kept back: should the study be halted for a bug,
-        its trials are still open and are trained when it is run again.
-        """
-        runs = self.book.of_trial(number).values()
-        if not (number in self.trials or number in self.again) or not all(run.ended for run in runs):
-            return
-        if any(run.state == schema.FAILED for run in runs) and not self.book.learnt:
-            return
-        self._tell(number)
-
-    def _tell(self, number: int) -> None:
-        if number in self.again:
-            self.again.discard(number)
-            names = [f"{number:03d}-{seed}" for seed in self.study.seeds]
-            self.search.amend(number, [summary for name in names if (summary := self.book.summary(name))])
-        else:
-            self.search.tell(self.trials.pop(number), [self.book.summary(name) for name in self.book.of_trial(number)])
-        self.book.close(number, self.study.objectives[0])
+            self.trials.ended(name)
 
     def _halt_if_all_fail(self) -> None:
         """When the first runs all fail alike it is the study that is wrong."""
@@ -333,15 +250,13 @@ class Driver:
             first = self._alike[0]
             self.halt = f"the first {len(self._alike)} runs failed alike: {first.line}"
             self.announce(f"the failure in full:\n{first.text.strip()}")
-            self.queue.clear()
-            self.paused.clear()
+            self.trials.close()
 
     # --- what is told of it ---------------------------------------------------------------------------------------------------
 
     def _end(self) -> str:
         if not self.halt and not self.stopping:
-            for number in sorted({*self.trials, *self.again}):
-                self._tell(number)
+            self.trials.tell_rest()
         if self.halt:
             state = "finished-with-failures"
             self.announce(f"stopped early: {self.halt}; mend it and run the study again: these runs are tried anew")
@@ -349,7 +264,9 @@ class Driver:
             state = schema.STOPPED
         else:
             state = "finished-with-failures" if self.book.failures.total() else "finished"
-        self.outbox.finish(self.study, state)
+        # First of all: `ray job stop` kills three seconds after it asks, and a tracker may take longer to answer.
+        self._write_state(state)
+        self.outbox.finish(state)
         self._write_state(state)
         return state
 

@@ -220,6 +220,7 @@ def reset_runs(root: Path, classes: Iterable[str], runs: Iterable[str] | None = 
 
 
 def was_reset(directory: Path) -> bool:
-    """Whether the run was put back by `reset_runs` and not tried since."""
-    attempts = read_attempts(directory)
-    return bool(attempts) and bool(attempts[-1]["forgiven"]) and not (directory / schema.SUMMARY_FILE).exists()
+    """Whether the run was put back by `reset_runs` and has not come to an end since; it may have been stopped, or its driver killed."""
+    summary = directory / schema.SUMMARY_FILE
+    ended = summary.exists() and json.loads(summary.read_text(encoding="utf-8"))["state"] != schema.STOPPED
+    return not ended and any(attempt["forgiven"] for attempt in read_attempts(directory))

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from research.errors import UserError
 from sweeps.driver import commit
-from sweeps.study import home
+from sweeps.places import home
 
 STOP_WAIT_SECONDS = 60
 """Between `ray job stop` and the kill, for checkpoints; Ray's own is 3."""

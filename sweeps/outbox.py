@@ -1,15 +1,15 @@
 """From the root to the tracker, beside the driver's loop: a server that is away blocks its client for seconds, never a run."""
 
 import threading
+import time
 from collections.abc import Callable
-from pathlib import Path
 
 from sweeps import schema
-from sweeps.book import Book, read_json
-from sweeps.study import Study
+from sweeps.book import Book
 from sweeps.tracking import Tracker
 
-NOTE_ROWS = 100
+FINAL_PAUSES = (3.0, 10.0)
+"""Seconds between the last attempts at a store that is away when the study ends; `run` again sends what they do not."""
 
 
 class Outbox:
@@ -35,14 +35,19 @@ class Outbox:
         self._sending = threading.Thread(target=self._tracker.sync, args=(runs,), daemon=True, name="mlflow")
         self._sending.start()
 
-    def finish(self, study: Study, state: str) -> None:
-        """Send the rest, and how the study ended."""
+    def finish(self, state: str) -> None:
+        """Send the rest, and how the study ended; a store that only now comes back is given a moment, unless it is to be stopped."""
         self._await()
-        runs, self._handed = self._book.to_send()
-        # The last turn must not be skipped because an earlier one failed.
-        self._tracker.sync(runs, final=True)
-        self._sent()
-        self._tracker.finish(state, note(study, self._book.root, state))
+        for pause in (*(FINAL_PAUSES if state != schema.STOPPED else ()), None):
+            runs, self._handed = self._book.to_send()
+            # The last turn must not be skipped because an earlier one failed.
+            self._tracker.sync(runs, final=True)
+            self._sent()
+            if not self.behind:
+                self._tracker.finish(state)
+            if not self.behind or pause is None:
+                break
+            time.sleep(pause)
 
     def _await(self) -> None:
         if self._sending is not None:
@@ -59,20 +64,3 @@ class Outbox:
         elif self._was_behind and not behind:
             self._announce("MLflow is back; everything has been sent")
         self._was_behind = behind
-
-
-def note(study: Study, root: Path, state: str) -> str:
-    """In Markdown: the question, and the mean of the first objective by variant, best first."""
-    objective = study.objectives[0]
-    table: dict[str, list[float]] = {}
-    for path in sorted((root / schema.RUNS_DIRECTORY).glob(f"*/{schema.RUN_FILE}")):
-        value = read_json(path.with_name(schema.SUMMARY_FILE)).get("metrics", {}).get(objective.metric)
-        if value is not None:
-            table.setdefault(read_json(path)["variant"], []).append(value)
-    means = {variant: sum(values) / len(values) for variant, values in table.items()}
-    order = sorted(means, key=lambda variant: means[variant], reverse=objective.direction == "maximize")
-    rows = [f"| {variant} | {means[variant]:.4f} | {len(table[variant])} |" for variant in order[:NOTE_ROWS]]
-    more = [] if len(order) <= NOTE_ROWS else ["", f"and {len(order) - NOTE_ROWS} more."]
-    return "\n".join(
-        [f"# {study.question}", "", f"State: {state}.", "", f"| variant | mean {objective.metric} | seeds |", "|---|---|---|", *rows, *more]
-    )

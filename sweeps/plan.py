@@ -8,11 +8,16 @@ import numpy as np
 
 from research import accounting
 from research.config import Domain, RunConfig
-from research.memory import training_memory
 from sweeps import schema
+from sweeps.check_cells import notes
+from sweeps.constraints import broken
+from sweeps.definition import Study, label
+from sweeps.quantities import describe
+from sweeps.search import preview
 from sweeps.space import cells
-from sweeps.study import Study, label
 
+PREVIEW = 12
+"""Cells of a search that are shown."""
 PROBE_STEPS = 5
 PROBE_PARAMETERS = 50_000_000
 START_SECONDS = 3.0
@@ -24,49 +29,75 @@ SHARE_OF_PEAK = 0.25
 
 
 def plan(study: Study, root: Path, workers: int) -> dict[str, Any]:
-    """Runs, and per variant parameters, FLOPs, cache, memory and expected seconds; nothing is started.
+    """Runs, and per variant parameters, FLOPs, cache, tokens after matching, memory and expected seconds; nothing is started.
 
-    For `random` and `tpe` the baseline stands for the cells that are not drawn yet.
+    `rows` are the cells of a design; of a search the first PREVIEW that it will draw (those of `tpe`, `gp` and `nsga2` change
+    once results are known), which stand for the rest.  `not_trained` are the cells of a design that break a constraint.
     """
-    designed = study.search.sampler in ("one-factor", "grid")
-    chosen = cells(study) if designed else [dict(study.baseline)]
+    chosen, refused = _cells(study, root)
     rate, source = _rate(root, study.run_config(study.baseline, study.seeds[0]))
-    rows = [_row(study, study.run_config(cell, study.seeds[0]), label(cell, study.baseline), rate) for cell in chosen]
-    trials = len(chosen) if designed else int(study.search.trials or 1)
-    per_run = sum(row["seconds"] for row in rows) / len(rows)
-    runs = trials * len(study.seeds)
+    rows = [_row(study, cell, rate) for cell in chosen]
+    trials = len(chosen) if study.search.designed else int(study.search.trials or 1)
+    per_trial = sum(row["seconds"] * len(study.seeds) + row["retune_seconds"] for row in rows) / len(rows)
+    per_trial_flops = sum(row["train_flops"] * (len(study.seeds) + _retune_share(study)) for row in rows) / len(rows)
     return {
         "study": study.name,
         "question": study.question,
+        "sampler": study.search.sampler,
         "variants": trials,
         "seeds": len(study.seeds),
-        "runs": runs,
+        "runs": trials * study.runs_per_trial,
+        "retune_runs": trials * (study.runs_per_trial - len(study.seeds)),
+        "matched": None if study.budget.matched == "none" else study.budget.matched,
         "train_tokens": rows[0]["train_tokens"],
-        "train_flops": sum(row["train_flops"] for row in rows) / len(rows) * runs,
+        "train_flops": per_trial_flops * trials,
         "workers": workers,
-        "expected_seconds": per_run * runs / workers,
+        "expected_seconds": per_trial * trials / workers,
         "estimate": f"{rate / 1e9:.1f} GFLOP/s per worker, {source}",
+        "notes": [*notes(study), *_preview_note(study, len(rows))],
+        "not_trained": refused,
         "rows": rows,
     }
 
 
-def _row(study: Study, config: RunConfig, variant: str, rate: float) -> dict[str, Any]:
-    size = config.training.micro_batch_size or config.training.batch_size
-    flops = accounting.train_flops_per_token(config.model, config.data.sequence_length) * config.training.train_tokens
+def _cells(study: Study, root: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The cells that are trained, or stand for them, and those of a design that break a constraint, with the reason."""
+    if not study.search.designed:
+        return preview(study, root, min(int(study.search.trials or 1), PREVIEW)), []
+    trained, refused = [], []
+    for cell in cells(study):
+        reasons = broken(study.bounds, study, study.run_config(cell, study.seeds[0]))
+        if reasons:
+            refused.append({"variant": label(cell, study.baseline), "cell": cell, "reason": "; ".join(reasons)})
+        else:
+            trained.append(cell)
+    return trained, refused
+
+
+def _preview_note(study: Study, shown: int) -> list[str]:
+    if study.search.designed or shown >= (study.search.trials or 1):
+        return []
+    later = "" if study.search.sampler in ("random", "quasi-random") else "; what comes later depends on what they reach"
+    return [f"the first {shown} of {study.search.trials} trials as {study.search.sampler} draws them{later}"]
+
+
+def _retune_share(study: Study) -> float:
+    """Training of the short runs of a trial over that of one of its replicates."""
+    return study.retune.points * study.retune.tokens_share if study.retune else 0.0
+
+
+def _row(study: Study, cell: dict[str, Any], rate: float) -> dict[str, Any]:
+    config, matched = study.matched_config(cell, study.seeds[0])
+    known = describe(config)
+    training = known["train_flops"] * (1 + _validation_share(config)) / rate
+    points = study.retune.points if study.retune else 0
     return {
-        "variant": variant,
-        "total_parameters": accounting.total_parameters(config.model),
-        "activated_parameters": accounting.activated_parameters(config.model),
-        "kv_cache_bytes_per_token": accounting.kv_cache_bytes_per_token(config.model),
-        "train_tokens": config.training.train_tokens,
-        "train_flops": flops,
-        "memory_bytes": training_memory(
-            config.model,
-            size * config.data.sequence_length,
-            micro_batches=config.training.batch_size // size,
-            checkpointed=config.training.activation_checkpointing == "blocks",
-        ).peak,
-        "seconds": flops * (1 + _validation_share(config)) / rate + START_SECONDS,
+        "variant": label(cell, study.baseline),
+        "cell": cell,
+        **known,
+        "matched": matched.to_dict() if matched else None,
+        "seconds": training + START_SECONDS,
+        "retune_seconds": training * _retune_share(study) + START_SECONDS * points,
     }
 
 
@@ -83,7 +114,7 @@ def _rate(root: Path, config: RunConfig) -> tuple[float, str]:
     rates = []
     for path in sorted((root / schema.RUNS_DIRECTORY).glob(f"*/{schema.SUMMARY_FILE}")):
         summary = _json(path)
-        if summary.get("state") == schema.FINISHED:
+        if summary.get("state") == schema.FINISHED and schema.TRAIN_FLOPS_PER_TOKEN in summary["metrics"] and summary["seconds"] > 0:
             rates.append(summary["metrics"][schema.TRAIN_FLOPS_PER_TOKEN] * summary["tokens"] / summary["seconds"])
     if rates:
         return float(np.median(rates)), f"the median of {len(rates)} finished runs of this study"

@@ -15,6 +15,7 @@ A study's root directory holds
         attempts.json     a list of ATTEMPT_KEYS: every attempt at it, with how each ended
         routing.npz       research.routing_trace.RoutingTrace
         simulation.json   what the cluster model answered for it
+        system.jsonl      samples of its process and machine: "time", "sample" and system/* by name
         checkpoint/       the last checkpoint
         checkpoints/      those before it and the best, where the configuration keeps them: step-N/, best/
     report/               the built report
@@ -39,6 +40,7 @@ METRICS_FILE: Final = "metrics.jsonl"
 SUMMARY_FILE: Final = "summary.json"
 ROUTING_FILE: Final = "routing.npz"
 SIMULATION_FILE: Final = "simulation.json"
+SYSTEM_FILE: Final = "system.jsonl"
 ATTEMPTS_FILE: Final = "attempts.json"
 CONTROL_FILE: Final = "control.json"
 CHECKPOINT_DIRECTORY: Final = "checkpoint"
@@ -46,6 +48,12 @@ CHECKPOINT_DIRECTORY: Final = "checkpoint"
 RUN_KEYS: Final = ("schema", "run", "study", "trial", "variant", "seed", "baseline", "parameters", "config_id", "commit")
 """`parameters` maps each searched path (`model.moe.device_limit`) to its value; `variant` is a short
 readable label of them, the same for all seeds; `baseline` is true for the study's named baseline."""
+
+RUN_EXTRA_KEYS: Final = ("role", "matched", "retune")
+"""May be there too.  `role`: `replicate`, or `retune` for a short run that tries a learning rate, which is in no statistic
+(its `seed` is that of the short run).  `matched`: the budget's `quantity`, `requested`, `achieved`, `difference` (relative),
+`adjusted` (a path or null) and `value`.  `retune`: the chosen `learning_rate`, `edge` (it is the lowest or highest that was
+tried), `chosen_by` and `tried`."""
 
 SUMMARY_KEYS: Final = ("schema", "state", "reason", "steps", "tokens", "seconds", "attempts", "metrics", "versions", "device", "failure")
 """`state` is one of STATES, `reason` a sentence or null, `metrics` the final value of each metric, `failure` one of FAILURE_CLASSES or null."""
@@ -144,7 +152,7 @@ TAG_SCHEMA: Final = "moelab.schema"
 TAG_STUDY: Final = "moelab.study"
 TAG_QUESTION: Final = "moelab.question"
 TAG_ROLE: Final = "moelab.role"
-"""`study` for the parent run, `run` for a child."""
+"""`study` for the parent run, `run` for a child, `retune` for a child that tries a learning rate."""
 TAG_VARIANT: Final = "moelab.variant"
 TAG_SEED: Final = "moelab.seed"
 TAG_TRIAL: Final = "moelab.trial"
@@ -155,3 +163,17 @@ TAG_REASON: Final = "moelab.reason"
 TAG_COMMIT: Final = "moelab.commit"
 TAG_CONFIG: Final = "moelab.config_id"
 TAG_ROOT: Final = "moelab.study_root"
+TAG_RUN: Final = "moelab.run"
+TAG_FAILURE: Final = "moelab.failure"
+"""Why a run failed, in a word; empty for one that did not."""
+TAG_CHANGED: Final = "moelab.changed"
+"""The names of the settings in which a run differs from the baseline, or `nothing`."""
+TAG_PARAMETER: Final = "moelab.parameter."
+"""Followed by the short name of a searched setting: its value, so that runs can be grouped by it."""
+TAG_LEFT_OUT: Final = "moelab.metrics_left_out"
+TAG_VERDICT: Final = "moelab.verdict"
+"""Of the parent run: the report's verdict, one sentence of Markdown.  Whoever builds a report may write it; sweeps put it at the
+head of the run's note (`mlflow.note.content`), keep it there whenever they write the note anew, and never change it."""
+TAG_BEST_RUN: Final = "moelab.best_run"
+TAG_BEST_MODEL: Final = "moelab.best_model"
+"""Of the parent run, and of the run whose model it is: `models:/<id>`, as MLflow loads it."""

@@ -2,12 +2,14 @@
 
 Only the driver writes.  What a run recorded stands in its metrics.jsonl first; from there it goes to
 MLflow in batches, with the place reached kept beside it, so that an outage of the server stops nothing
-and loses nothing: what could not be sent is sent at a later turn.
+and loses nothing: what could not be sent is sent at a later turn.  Nothing is sent twice either: a batch is
+written down with its time stamp before it is sent, and MLflow keeps one of two equal values.
 """
 
 import json
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,18 +17,25 @@ from typing import Any
 
 from research.atomic import write_text
 from research.errors import UserError
+from sweeps import mlflow_entries as entries
 from sweeps import schema
-from sweeps.study import Study, home, short_name
+from sweeps.places import home, tracking_uri
+from sweeps.status import Reader, StudyStatus, read_json
+from sweeps.study import Study
+
+__all__ = ["Tracker", "tracking_uri"]
 
 STATE_FILE = "mlflow.json"
+SENT_FILES = {"offset": schema.METRICS_FILE, "system": schema.SYSTEM_FILE}
+"""Files that grow, by the key under which mlflow.json keeps how many of their bytes are sent."""
 BATCH = 900
 RETRY_SECONDS = 20.0
-ARTIFACTS = (schema.CONFIG_FILE, schema.SUMMARY_FILE, schema.ROUTING_FILE, schema.SIMULATION_FILE)
-
-
-def tracking_uri() -> str:
-    """$MLFLOW_TRACKING_URI, or a sqlite file in moelab's home."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
+NOTE_SECONDS = 15.0
+PICTURE_SECONDS = 30.0
+"""A run that took less is drawn when the study ends: what surrounds a run should cost nearly nothing beside it."""
+PICTURE_SHARE, PICTURE_LEAST = 0.01, 1.0
+"""At its end the short runs are drawn, those of the best variants first, for this share of all training, and at least for a second."""
+ARTIFACTS = (schema.CONFIG_FILE, schema.SUMMARY_FILE, schema.METRICS_FILE, schema.ROUTING_FILE, schema.SIMULATION_FILE)
 
 
 class Tracker:
@@ -35,9 +44,11 @@ class Tracker:
     def __init__(self, study: Study, root: Path, commit: str) -> None:
         self.study, self.root, self.commit = study, root, commit
         self.behind: str | None = None
-        self._retry_at = 0.0
+        self._ends = 0
+        self._undrawn: set[str] = set()
+        self._retry_at = self._note_at = 0.0
         self._client: Any = None
-        self._parent: str | None = None
+        self._experiment = self._parent = ""
 
     def sync(self, runs: Mapping[str, Mapping[str, Any]], *, final: bool = False) -> None:
         """Bring MLflow up to what the root holds; `runs` maps a run to its run.json."""
@@ -47,36 +58,46 @@ class Tracker:
             self._open()
             for run, about in runs.items():
                 self._sync_run(run, about)
+            if self._ends and time.monotonic() > self._note_at and not final:
+                self._note()
             self.behind = None
         except UserError:
             raise
         except Exception as error:
             # Whatever the store's client raises (its own errors, requests', SQLAlchemy's), training goes on.
-            self.behind = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-            self._retry_at = time.monotonic() + RETRY_SECONDS
+            self._away(error)
 
-    def finish(self, state: str, note: str) -> None:
-        """End the parent run with what came out."""
+    def finish(self, state: str) -> None:
+        """End the parent run with what came out: its note, its pictures, and the model of the best run."""
         try:
             self._open()
-            self._client.set_tag(self._parent, "mlflow.note.content", note)
+            status = self._note(state)
             self._client.set_tag(self._parent, schema.TAG_STATE, state)
+            self._client.log_batch(self._parent, metrics=entries.study_metrics(status, int(time.time() * 1000)))
             for name in (schema.STUDY_FILE, schema.DATA_FILE):
                 if (self.root / name).exists():
                     self._client.log_artifact(self._parent, str(self.root / name))
-            status = "KILLED" if state == schema.STOPPED else "FINISHED" if state == "finished" else "FAILED"
-            self._client.set_terminated(self._parent, status)
+            if state != schema.STOPPED:
+                self._draw_study(status)
+                self._keep_best_model(status)
+            ended = "KILLED" if state == schema.STOPPED else "FINISHED" if state == schema.FINISHED else "FAILED"
+            self._client.set_terminated(self._parent, ended)
         except Exception as error:
-            self.behind = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            self._away(error)
+
+    def _away(self, error: Exception) -> None:
+        self.behind = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:400] if str(error).strip() else 'no reason given'}"
+        self._retry_at = time.monotonic() + RETRY_SECONDS
 
     def _open(self) -> None:
         if self._client is not None:
             return
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        import mlflow  # noqa: PLC0415  (four seconds, and only a run needs it)
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+        import mlflow  # noqa: PLC0415  (seconds, and only a run needs it)
 
         for name in ("alembic", "mlflow"):
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -87,29 +108,42 @@ class Tracker:
         experiment = client.get_experiment_by_name(self.study.name)
         if experiment is None:
             place = str(home() / "mlartifacts" / self.study.name) if uri.startswith("sqlite:///") else None
-            experiment_id = client.create_experiment(self.study.name, artifact_location=place)
+            tags = entries.experiment_tags(self.study)
+            experiment_id = client.create_experiment(self.study.name, artifact_location=place, tags=tags)
+        elif experiment.lifecycle_stage == "deleted":
+            client.restore_experiment(experiment.experiment_id)
+            experiment_id = experiment.experiment_id
         else:
             experiment_id = experiment.experiment_id
-        state = _read(self.root / STATE_FILE)
-        if "run_id" not in state:
-            tags = {
-                schema.TAG_SCHEMA: str(schema.SCHEMA_VERSION),
-                schema.TAG_STUDY: self.study.name,
-                schema.TAG_QUESTION: self.study.question,
-                schema.TAG_ROLE: "study",
-                schema.TAG_COMMIT: self.commit,
-                schema.TAG_ROOT: str(self.root),
-                "mlflow.note.content": f"# {self.study.question}\n\nRunning.",
-            }
-            state = {"run_id": client.create_run(experiment_id, tags=tags, run_name=self.study.name).info.run_id}
-            write_text(self.root / STATE_FILE, json.dumps(state))
-        else:
+        self._experiment, self._parent = experiment_id, self._parent_run(client, experiment_id)
+        self._client = client
+
+    def _parent_run(self, client: Any, experiment_id: str) -> str:
+        """The run of this root in this store: the one that it has had before, if it is still there."""
+        state = read_json(self.root / STATE_FILE)
+        if state.get("run_id") and _is_there(client, state["run_id"]):
             client.update_run(state["run_id"], status="RUNNING")
-        self._experiment, self._parent, self._client = experiment_id, state["run_id"], client
+            return str(state["run_id"])
+        found = self._found(client, experiment_id, f"tags.`{schema.TAG_ROLE}` = 'study'") if state else None
+        if found is None:
+            write_text(self.root / STATE_FILE, json.dumps({"creating": True}))
+            tags = entries.study_tags(self.study, self.root, self.commit)
+            found = client.create_run(experiment_id, tags=tags, run_name=self.study.name).info.run_id
+            entries.log_datasets(client, found, self.root, self.study.name)
+        write_text(self.root / STATE_FILE, json.dumps({"run_id": found}))
+        return str(found)
+
+    def _found(self, client: Any, experiment_id: str, condition: str) -> str | None:
+        """A run of this root that was created when its number could not be written down any more."""
+        place = str(self.root).replace("'", "\\'")
+        there = client.search_runs([experiment_id], f"tags.`{schema.TAG_ROOT}` = '{place}' and {condition}", max_results=1)
+        return str(there[0].info.run_id) if there else None
 
     def _sync_run(self, run: str, about: Mapping[str, Any]) -> None:
         directory = self.root / schema.RUNS_DIRECTORY / run
-        state, summary = _read(directory / STATE_FILE), _read(directory / schema.SUMMARY_FILE)
+        state, summary = read_json(directory / STATE_FILE), read_json(directory / schema.SUMMARY_FILE)
+        if state.get("parent") not in (None, self._parent):
+            state = {}  # another store, or one that was emptied: it gets everything
         if state.get("ended"):
             if summary.get("attempts") == state["ended"]:
                 return
@@ -118,80 +152,148 @@ class Tracker:
             self._client.set_tag(state["run_id"], schema.TAG_STATE, "running")
             state["ended"] = None
         if "run_id" not in state:
-            state |= {"run_id": self._create(run, about, directory), "offset": 0}
+            state = {"run_id": self._child_run(run, about, directory, state), "parent": self._parent, "offset": 0, "keys": []}
             write_text(directory / STATE_FILE, json.dumps(state))
-        state["offset"] = self._send_metrics(state["run_id"], directory / schema.METRICS_FILE, state["offset"])
+        self._send_metrics(directory, state)
         if summary:
-            self._end(state["run_id"], directory, summary)
+            self._end(state["run_id"], directory, about, summary, state)
             state["ended"] = summary["attempts"]
-        write_text(directory / STATE_FILE, json.dumps(state))
+            write_text(directory / STATE_FILE, json.dumps(state))
+            self._ends += 1
 
-    def _create(self, run: str, about: Mapping[str, Any], directory: Path) -> str:
-        from mlflow.entities import Param  # noqa: PLC0415
-
-        tags = {
-            "mlflow.parentRunId": self._parent,
-            schema.TAG_SCHEMA: str(schema.SCHEMA_VERSION),
-            schema.TAG_STUDY: self.study.name,
-            schema.TAG_ROLE: "run",
-            schema.TAG_VARIANT: about["variant"],
-            schema.TAG_SEED: str(about["seed"]),
-            schema.TAG_TRIAL: str(about["trial"]),
-            schema.TAG_BASELINE: str(about["baseline"]).lower(),
-            schema.TAG_STATE: "running",
-            schema.TAG_COMMIT: about["commit"],
-            schema.TAG_CONFIG: about["config_id"],
-            "mlflow.note.content": f"**{about['variant']}**, seed {about['seed']}, of the study *{self.study.question}*",
-        }
+    def _child_run(self, run: str, about: Mapping[str, Any], directory: Path, state: Mapping[str, Any]) -> str:
+        if state.get("creating") == self._parent and (found := self._found(self._client, self._experiment, f"tags.`{schema.TAG_RUN}` = '{run}'")):
+            return found
+        write_text(directory / STATE_FILE, json.dumps({"creating": self._parent}))
+        tags = entries.run_tags(self.study, self.root, about, self._parent)
         created = self._client.create_run(self._experiment, tags=tags, run_name=f"{about['variant']} / seed {about['seed']}")
-        searched = {short_name(path): value for path, value in about["parameters"].items()}
-        fixed = {path: value for path, value in _leaves(_read(directory / schema.CONFIG_FILE)) if path not in about["parameters"]}
-        params = [Param(name, str(value)) for name, value in {**searched, **fixed}.items()]
-        self._client.log_batch(created.info.run_id, params=params[:100])
+        params = entries.params(self.study, about, read_json(directory / schema.CONFIG_FILE))
+        self._client.log_batch(created.info.run_id, params=params)
+        if not any(path.startswith("data.") for path in about["parameters"]):
+            entries.log_datasets(self._client, created.info.run_id, self.root, self.study.name)
         return str(created.info.run_id)
 
-    def _send_metrics(self, run_id: str, path: Path, offset: int) -> int:
-        from mlflow.entities import Metric  # noqa: PLC0415
+    def _send_metrics(self, directory: Path, state: dict[str, Any]) -> None:
+        """What is new in metrics.jsonl and system.jsonl; first, as it was, what was being sent when something went wrong."""
+        while self._sending(directory, state):
+            self._send(directory, state)
 
-        if not path.exists():
-            return offset
-        with path.open("rb") as file:
-            file.seek(offset)
-            text = file.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        stamp = int(time.time() * 1000)
-        metrics = []
-        for line in whole.splitlines():
-            record = json.loads(line)
-            metrics += [Metric(name, float(v), stamp, record["step"]) for name, v in record.items() if name not in ("step", "tokens")]
+    def _sending(self, directory: Path, state: dict[str, Any]) -> bool:
+        """Write down what is to be sent and under which time stamp, unless that was done; False if there is nothing."""
+        if state.get("sending") is None:
+            ends = {key: _whole_lines(directory / name, state.get(key, 0)) for key, name in SENT_FILES.items()}
+            if all(ends[key] == state.get(key, 0) for key in SENT_FILES):
+                return False
+            state["sending"] = {**ends, "stamp": int(time.time() * 1000)}
+            write_text(directory / STATE_FILE, json.dumps(state))
+        return True
+
+    def _send(self, directory: Path, state: dict[str, Any]) -> None:
+        sending, known = state["sending"], set(state["keys"])
+        new = {key: _records(directory / name, state.get(key, 0), sending[key]) for key, name in SENT_FILES.items()}
+        metrics = entries.metrics(new["offset"], sending["stamp"], known, {o.metric for o in self.study.objectives})
+        metrics += entries.system_metrics(new["system"], known)
         for start in range(0, len(metrics), BATCH):
-            self._client.log_batch(run_id, metrics=metrics[start : start + BATCH])
-        return offset + len(whole)
+            self._client.log_batch(state["run_id"], metrics=metrics[start : start + BATCH])
+        state |= {**{key: sending[key] for key in SENT_FILES}, "keys": sorted(known), "sending": None}
+        write_text(directory / STATE_FILE, json.dumps(state))
 
-    def _end(self, run_id: str, directory: Path, summary: Mapping[str, Any]) -> None:
-        from mlflow.entities import Metric, RunTag  # noqa: PLC0415
-
-        recorded = ("train/", "routing/", "validation/")
-        stamp = int(time.time() * 1000)
-        final = [Metric(name, float(v), stamp, summary["steps"]) for name, v in summary["metrics"].items() if not name.startswith(recorded)]
-        tags = [RunTag(schema.TAG_STATE, summary["state"]), RunTag(schema.TAG_ATTEMPT, str(summary["attempts"]))]
-        tags.append(RunTag(schema.TAG_REASON, (summary["reason"] or "")[-4000:]))
-        self._client.log_batch(run_id, metrics=final, tags=tags)
+    def _end(self, run_id: str, directory: Path, about: Mapping[str, Any], summary: Mapping[str, Any], state: dict[str, Any]) -> None:
+        known = set(state["keys"])
+        stamp = state.setdefault("end_stamp", int(time.time() * 1000))
+        final = entries.final_metrics(summary, stamp, known)
+        state["keys"] = sorted(known)
+        self._client.log_batch(run_id, metrics=final, tags=entries.end_tags(self.study, about, summary, known))
         for name in ARTIFACTS:
             if (directory / name).exists():
                 self._client.log_artifact(run_id, str(directory / name))
+        if summary["seconds"] < PICTURE_SECONDS:
+            self._undrawn.add(about["run"])
+        elif summary["state"] != schema.STOPPED:
+            self._draw_run(run_id, directory, about["variant"], about["seed"])
         status = {schema.FINISHED: "FINISHED", schema.PRUNED: "FINISHED", schema.STOPPED: "KILLED"}.get(summary["state"], "FAILED")
         self._client.set_terminated(run_id, status)
 
+    def _note(self, state: str | None = None) -> StudyStatus:
+        """Write the parent's note, from what the root holds, which comes back.  A report's verdict stands at its head and stays."""
+        began = time.monotonic()
+        status = Reader(self.root).read(driven=True)
+        verdict = self._client.get_run(self._parent).data.tags.get(schema.TAG_VERDICT)
+        self._client.set_tag(self._parent, "mlflow.note.content", entries.study_note(self.study, status, state or status.state, verdict))
+        # All runs are read for it: the more there are the rarer it is.
+        self._ends, self._note_at = 0, time.monotonic() + max(NOTE_SECONDS, 50 * (time.monotonic() - began))
+        return status
 
-def _read(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return value
+    def _draw_run(self, run_id: str, directory: Path, variant: str, seed: int) -> None:
+        from sweeps import figures  # noqa: PLC0415  (matplotlib)
+
+        with tempfile.TemporaryDirectory() as folder:
+            if figures.draw_run(directory, Path(folder), f"{variant}, seed {seed}"):
+                self._client.log_artifacts(run_id, folder, "figures")
+
+    def _draw_study(self, status: StudyStatus) -> None:
+        from sweeps import figures  # noqa: PLC0415  (matplotlib)
+
+        until = time.monotonic() + max(PICTURE_LEAST, PICTURE_SHARE * sum(run.seconds for run in status.runs if run.ended))
+        for run in (run for variant in status.variants for run in variant.runs if run.ended and run.run in self._undrawn):
+            if time.monotonic() > until:
+                break
+            directory = self.root / schema.RUNS_DIRECTORY / run.run
+            self._draw_run(read_json(directory / STATE_FILE)["run_id"], directory, run.variant, run.seed)
+        self._undrawn.clear()
+        with tempfile.TemporaryDirectory() as folder:
+            if figures.draw_study(status, Path(folder)):
+                self._client.log_artifacts(self._parent, folder, "figures")
+
+    def _keep_best_model(self, status: StudyStatus) -> None:
+        """Log the model of the run with the best first objective, once, as a model that MLflow loads."""
+        from sweeps import best_model  # noqa: PLC0415
+
+        best = best_model.best_run(status)
+        if best is None:
+            return
+        directory = self.root / schema.RUNS_DIRECTORY / best.run
+        run_id = read_json(directory / STATE_FILE).get("run_id")
+        kept = self._client.get_run(self._parent).data.tags
+        if not run_id or not best_model.has_weights(directory) or kept.get(schema.TAG_BEST_RUN) == best.run:
+            return
+        with tempfile.TemporaryDirectory(dir=self.root) as folder:
+            best_model.save(directory, Path(folder) / "model")
+            made = self._client.create_logged_model(
+                self._experiment, name=best_model.NAME, source_run_id=run_id, tags=best_model.tags(best), model_type="deepseek-v2"
+            )
+            self._client.log_model_artifacts(made.model_id, str(Path(folder) / "model"))
+        self._client.finalize_logged_model(made.model_id, "READY")
+        best_model.link(self._client, run_id, made.model_id, best)
+        for name, value in ((schema.TAG_BEST_MODEL, f"models:/{made.model_id}"), (schema.TAG_BEST_RUN, best.run)):
+            self._client.set_tag(self._parent, name, value)
+        self._client.set_tag(run_id, schema.TAG_BEST_MODEL, f"models:/{made.model_id}")
 
 
-def _leaves(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    if not isinstance(value, dict):
-        return [(prefix, value)]
-    return [leaf for key, item in value.items() for leaf in _leaves(item, f"{prefix}.{key}".lstrip("."))]
+def _is_there(client: Any, run_id: str) -> bool:
+    """False for a run that this store does not know, or that somebody has deleted; other errors go through."""
+    from mlflow.exceptions import MlflowException  # noqa: PLC0415
+
+    try:
+        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise
+
+
+def _whole_lines(path: Path, offset: int) -> int:
+    """Where the last whole line of a file that grows ends; `offset` if there is none beyond it."""
+    if not path.exists() or path.stat().st_size <= offset:
+        return offset
+    with path.open("rb") as file:
+        file.seek(offset)
+        return offset + file.read().rfind(b"\n") + 1
+
+
+def _records(path: Path, start: int, end: int) -> list[dict[str, Any]]:
+    if end <= start:
+        return []
+    with path.open("rb") as file:
+        file.seek(start)
+        return [json.loads(line) for line in file.read(end - start).splitlines()]

@@ -23,9 +23,11 @@ from filelock import FileLock, Timeout
 
 from research.atomic import write_text
 from research.configfile import load_run_config
+from research.parallel.sharing import common_experts
 from research.routing_trace import RoutingTrace
 from sims import AllToAll, Result, reroute, simulate
 from sweeps import schema
+from sweeps.system_metrics import sampled
 
 LOCK_SECONDS = 60.0
 SAY_SECONDS = 15.0
@@ -107,7 +109,7 @@ def call(job: Job, should_stop: Callable[[], bool], say: Say, progress: Report =
         sayer(record)
 
     try:
-        with FileLock(directory / ".lock", timeout=LOCK_SECONDS):
+        with FileLock(directory / ".lock", timeout=LOCK_SECONDS), sampled(directory):
             found = function(job.config, directory, report, should_stop, **more)
             metrics = dict(found["metrics"])
             if found["state"] == schema.FINISHED and job.all_to_all is not None:
@@ -156,7 +158,7 @@ def run_trial(
     """
     import torch  # noqa: PLC0415  (the driver imports this module and must not pay for torch)
 
-    from research.parallel.world import ALONE, common_experts, join, leave  # noqa: PLC0415
+    from research.parallel.world import ALONE, join, leave  # noqa: PLC0415
     from research.training.loop import train  # noqa: PLC0415
     from research.training.records import JsonlRecorder, NoRecorder, Record  # noqa: PLC0415
 
@@ -219,6 +221,14 @@ def failed_summary(reason: str, attempts: int, failure: str = schema.BUG) -> dic
         "device": None,
         "failure": failure,
     }
+
+
+def pruned_summary(reason: str, attempts: int, directory: Path) -> dict[str, Any]:
+    """The summary of a run that was given up while no worker had it: as far as it had come, no final numbers."""
+    path = directory / schema.METRICS_FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    last = json.loads(lines[-1]) if lines and lines[-1].endswith("}") else {"step": 0, "tokens": 0}
+    return {**failed_summary(reason, attempts), "state": schema.PRUNED, "failure": None, "steps": last["step"], "tokens": last["tokens"]}
 
 
 def write_summary(directory: Path, summary: Mapping[str, Any]) -> None:

@@ -4,7 +4,6 @@ Ranks r P to r P + P - 1 hold the routed experts of replica r between them (P = 
 by all.  `ALONE` is the world of a run in one process, in which every method is the identity.
 """
 
-import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from research.config import RunConfig
 from research.errors import CollectiveFailed, ConfigError
+from research.parallel.sharing import sharing_problems
 from research.parallel.traffic import Ledger
 
 T = TypeVar("T")
@@ -61,15 +61,7 @@ class World:
 
     def check(self, config: RunConfig) -> None:
         """ConfigError if this many workers cannot share the run out."""
-        training, moe, workers = config.training, config.model.moe, self.expert_parallel
-        sizes = {"training.micro_batch_size": training.micro_batch_size} if training.micro_batch_size else {}
-        sizes |= {"training.batch_size": training.batch_size, "training.batch_ramp_from": training.batch_ramp_from or self.size}
-        problems = [f"{path} = {n}: must be a multiple of the {self.size} workers of the run" for path, n in sizes.items() if n and n % self.size]
-        if self.size > 1 and moe is not None and moe.expert_devices % workers:
-            problems.append(
-                f"model.moe.expert_devices = {moe.expert_devices}: must be a multiple of the {workers} workers that share its experts out"
-            )
-        if problems:
+        if problems := sharing_problems(config, self.size, self.expert_parallel):
             raise ConfigError(*problems)
 
     # Rows of a batch
@@ -186,11 +178,6 @@ class World:
 
 
 ALONE = World()
-
-
-def common_experts(workers: int, config: RunConfig) -> int:
-    """P by default: as many of the workers as can share the experts out by whole devices; the rest are replicas."""
-    return workers if config.model.moe is None else math.gcd(workers, config.model.moe.expert_devices)
 
 
 def join(

@@ -18,6 +18,7 @@ from research.atomic import room_for, write_text
 from research.config import RunConfig, differences, to_dict
 from research.configfile import load_run_config, read_yaml, resolve_model
 from research.errors import CheckpointError, ConfigError
+from research.parallel.sharing import common_experts, sharing_problems
 from research.terminal import console
 
 DIVERGED = 3
@@ -52,7 +53,6 @@ def train(
     # Half a second to two of torch are paid only by the commands that need it.
     from research.continuation import Sampling, gather_prompts, go_on  # noqa: PLC0415
     from research.parallel.launch import run_workers  # noqa: PLC0415
-    from research.parallel.world import World, common_experts  # noqa: PLC0415
     from research.training.loop import train as run  # noqa: PLC0415
     from research.training.records import JsonlRecorder, Record  # noqa: PLC0415
 
@@ -63,7 +63,8 @@ def train(
     expert_parallel = expert_parallel or common_experts(workers, config)
     if workers % expert_parallel:
         raise ConfigError(f"--expert-parallel {expert_parallel}: must divide --workers {workers}")
-    World(0, workers, expert_parallel).check(config)
+    if problems := sharing_problems(config, workers, expert_parallel):
+        raise ConfigError(*problems)
     _claim(out, config)
     with _progress(config.steps, sys.stderr if as_json else sys.stdout) as step, _stop_asked() as stop_asked:
 

@@ -13,11 +13,11 @@ import typer
 from research.atomic import write_text
 from research.benchmark.machine import describe_machine
 from research.model.kernels import native
-from tests.bench import decoding, moe, sims, training
+from tests.bench import decoding, moe, sims, sweeping, training
 from tests.bench.common import pin
 from tests.bench.page import render
 
-PARTS = ("training", "workers", "moe", "decoding", "sims")
+PARTS = ("training", "workers", "moe", "decoding", "sweeps", "sims")
 STEPS = [
     ("deepseek-v2-micro", 8, 256),
     ("deepseek-v2-micro", 2, 1024),
@@ -69,6 +69,8 @@ def main(
         found["workers"] = _said(training.measure_workers("deepseek-v2-micro", 2 if quick else 12))
     if "sims" in parts:
         found["sims"] = _said(sims.measure_sims(rounds, quick))
+    if "sweeps" in parts:
+        found["sweeps"] = {"overhead": [_said(one) for one in sweeping.measure_overhead(quick)], **sweeping.measure_driver(quick)}
     stem = f"cpu-{found['date']}{'-quick' if quick else ''}"
     write_text(out / f"{stem}.json", json.dumps(found, indent=1) + "\n")
     write_text(out / f"{stem}.md", render(found))

@@ -18,7 +18,7 @@ def render(found: dict[str, Any]) -> str:
             "Both sides in float32 with the same weights, fused AdamW, denormals flushed and the same allocator settings, interleaved in one process;"
         ]
     lines += ["medians of wall time. On a shared machine the ratios hold to some per cent, the seconds do not.", ""]
-    for part, form in (("training", _training), ("moe", _moe), ("decoding", _decoding), ("workers", _workers), ("sims", sims)):
+    for part, form in (("training", _training), ("moe", _moe), ("decoding", _decoding), ("workers", _workers), ("sweeps", _sweeps), ("sims", sims)):
         if part in found:
             lines += form(found)
     return "\n".join(lines)
@@ -121,5 +121,36 @@ def _workers(found: dict[str, Any]) -> list[str]:
         "",
         f"Two pinned workers train {_against(workers['times'], 1.9)} times as many tokens per second as one "
         f"({workers['two']:,.0f} against {workers['one']:,.0f}; micro, 8 x 256, interleaved).",
+        "",
+    ]
+
+
+def _sweeps(found: dict[str, Any]) -> list[str]:
+    sweeps, rows = found["sweeps"], []
+    for one in sweeps["overhead"]:
+        target = {"10 s": 0.05, "60 s": 0.02}.get(one["case"])
+        ours = one["system"] == "moelab"
+        seconds = f"{one['overhead']:.2f}" + (" (target 0.5)" if ours and target is None else "")
+        share = "" if not one["alone"] else f"{100 * one['share']:.1f} %" + (f" (target {100 * target:.0f} %)" if ours and target else "")
+        rows.append(
+            (one["case"], one["system"], str(one["trials"]), f"{one['alone']:.1f}", seconds, share, f"{one['pause']:.2f}", f"{one['start']:.0f}")
+        )
+    head = ("trial", "system", "trials", "its work alone, s", "around it, s", "share", "between two, s", "start, s")
+    memory, answers = sweeps["memory"], sweeps["answers"]
+    resident = ", ".join(f"{int(size) / 2**20:,.0f} MiB after {int(n):,}" for n, size in memory["resident"].items())
+    status = ", ".join(f"{seconds:.2f}" for seconds in answers["status_seconds"])
+    return [
+        "## Around the training of a study",
+        "",
+        "Matrix products of a fixed number on two workers, a TPE search. *Around*: both workers' time from the first trial's start to the end of",
+        "everything (with MLflow written, which Ray Tune has not), per trial, less the work as it takes alone on this machine before. *Start*: what it",
+        "took to the first trial.",
+        "",
+        *_table(head, rows),
+        f"The driver holds {resident} trivial trials ({memory['bytes_per_trial'] / 1024:.1f} KiB per trial, Optuna's own copy of the journal included), and",
+        f"writes a state of {memory['state_bytes'] / 1024:.0f} KiB ({memory['trials']:,} trials in {memory['seconds']:.0f} s).",
+        "",
+        f"With {answers['workers']} sleeping workers `status` answers in {status} s; the longest turn of the driver's loop is {answers['longest_turn']:.2f} s "
+        f"(median {answers['median_turn']:.2f} s).",
         "",
     ]

@@ -50,6 +50,7 @@ def local(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("HOME", "MOELAB_CACHE", "MOELAB_HOME"):
         monkeypatch.setenv(name, environment[name])
     monkeypatch.syspath_prepend(str(HERE))
+    monkeypatch.setattr("sweeps.outbox.FINAL_PAUSES", ())
     return Path(environment["MOELAB_HOME"])
 
 

@@ -9,6 +9,7 @@ so many sequences per pass fit, `gpu-memory` the same of a GPU.
 `together` is for a group of workers, `idle` does nothing, `sleep` sleeps for the seconds in `slow`.
 """
 
+import json
 import os
 import resource
 import signal
@@ -90,6 +91,8 @@ def harsh(
         if fault is not None and record["step"] >= 6 and _first(directory):
             FAULTS[fault]()
 
+    if hasattr(os, "sched_getaffinity"):
+        write_text(directory / "affinity.json", json.dumps(sorted(os.sched_getaffinity(0))))
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         return run_trial(config, directory, struck, should_stop, micro_batch_size=micro_batch_size)

@@ -82,13 +82,15 @@ def test_optuna_is_told_the_mean_over_seeds(study: StudyWriter, local: Path) -> 
 def test_a_second_run_computes_nothing(study: StudyWriter, local: Path) -> None:
     root = local / "small"
     drive(study(), root)
-    before = {path: path.read_bytes() for path in sorted(root.glob("runs/*/*.*"))}
+    # MLflow's pictures of short runs are drawn as far as there is time, the others the next time.
+    files = [path for path in sorted(root.glob("runs/*/*.*")) if path.name != "mlflow.json"]
+    before = {path: path.read_bytes() for path in files}
 
     def none(*_: Any) -> Any:
         raise AssertionError("no worker is needed")
 
     assert drive(study(), root, executor=none) == "finished"
-    assert {path: path.read_bytes() for path in sorted(root.glob("runs/*/*.*"))} == before
+    assert {path: path.read_bytes() for path in sorted(root.glob("runs/*/*.*")) if path.name != "mlflow.json"} == before
 
 
 def test_a_changed_study_is_refused_with_the_difference(study: StudyWriter, local: Path) -> None:

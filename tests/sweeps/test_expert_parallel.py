@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from conftest import Sweeps, await_
 
+from research.errors import ConfigError
 from research.parallel.traffic import DISPATCH, PAYLOAD, read_traffic
 from research.routing_trace import RoutingTrace
+from sweeps.study import load_study
 
 pytestmark = pytest.mark.slow
 
@@ -100,3 +102,13 @@ def test_the_device_limit_bounds_the_bytes_that_move(sweeps_on_ray: Sweeps, stud
         assert trace.expert_ids.shape[2] > 0
     assert moved[1] <= 1.0
     assert moved[8] > moved[1]
+
+
+def test_what_workers_cannot_share_is_found_before_anything_starts(study: StudyWriter, corpus: Path) -> None:
+    path = parallel(study, corpus, 2048, 3, objectives=[{"metric": "parallel/bytes_per_step", "direction": "minimize"}])
+    with pytest.raises(ConfigError, match=r"training.batch_size = 4: must be a multiple of the 3 workers .*workers_per_trial = 3"):
+        load_study(path)
+    path = parallel(study, corpus, 2048, 1, objectives=[{"metric": "parallel/bytes_per_step", "direction": "minimize"}])
+    with pytest.raises(ConfigError, match=r"parallel/bytes_per_step.*only runs on several workers record it"):
+        load_study(path)
+    load_study(parallel(study, corpus, 2048, 2, objectives=[{"metric": "parallel/bytes_per_step", "direction": "minimize"}]))

@@ -15,6 +15,8 @@ import yaml
 from conftest import HERE, REPOSITORY, STANDIN, Sweeps, await_, computed, end
 from test_nothing_lost import StudyWriter
 
+from sweeps.doctor_services import ray_authentication
+
 pytestmark = pytest.mark.slow
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -136,3 +138,18 @@ def test_a_dashboard_that_is_not_there_is_said_with_a_remedy(study: StudyWriter,
     assert code == 1
     assert "no Ray cluster answers" in output
     assert "ray start --head" in output
+
+
+def test_the_doctor_knows_the_token_of_a_real_head(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", head.environment["HOME"])
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    right = list(ray_authentication(head.address))[-1]
+    assert (right.level, "takes this one" in right.sentence) == ("ok", True), right
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    wrong = list(ray_authentication(head.address))[-1]
+    assert (wrong.level, "refuses the token" in wrong.sentence) == ("problem", True), wrong
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    monkeypatch.setenv("HOME", "/nonexistent")
+    assert any("asks for a token, and there is none" in f.sentence for f in ray_authentication(head.address))
