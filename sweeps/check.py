@@ -18,7 +18,7 @@ from sims import load_cluster
 from sweeps import constraints, pruning, schema
 from sweeps.budget import KNOBS, TOKENS, Budget
 from sweeps.check_cells import cell_problems
-from sweeps.definition import METRICS, Objective, Search, SimulatedCluster, Study, own_problems
+from sweeps.definition import METRICS, Objective, Resources, Search, SimulatedCluster, Study, own_problems
 from sweeps.pruning import FINAL, Pruner
 from sweeps.retune import RATE, Retune
 from sweeps.space import as_list, condition_problems, dimension_problems, may_be, value_problem
@@ -228,7 +228,7 @@ def _readable(mapping: Mapping[str, Any]) -> Study | None:
     while bad := [p for p in right if any(where.startswith(f"space.{p}.when") for where, _ in condition_problems(right))]:
         right = {p: e for p, e in right.items() if p not in bad}
     budget = _section(Budget, mapping, "budget")
-    sections = {"search": Search, "budget": Budget, "cluster": SimulatedCluster, "pruner": Pruner, "retune": Retune}
+    sections = {"search": Search, "budget": Budget, "cluster": SimulatedCluster, "pruner": Pruner, "retune": Retune, "resources": Resources}
     kept: dict[str, Any] = {key: mapping[key] for key, cls in sections.items() if key in mapping and _section(cls, mapping, key) is not None}
     if budget is not None and any(_budget_problems(budget, space)):
         kept["budget"] = {"matched": "none"}
