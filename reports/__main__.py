@@ -1,41 +1,114 @@
-"""`python -m reports`: what was recorded, and what it means."""
+"""`python -m reports`: what was recorded, and what it means.
+
+Exit codes: 0; 1 a store that cannot be read; 2 wrong usage; 3 the page was built, but the study is incomplete (and the page says where).
+"""
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from reports.build import build as build_report
-from research.configfile import read_yaml
+from reports import places, verdict
+from reports.build import Built, build_record
+from reports.document import plain
+from reports.store import StudyRecord, load
 from research.errors import UserError
+from sweeps import schema
+
+INCOMPLETE = 3
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-
-
-@app.callback()
-def _group() -> None:
-    """Reports from a study's store."""
+StudyArgument = Annotated[
+    str, typer.Argument(help="A study's root directory, its YAML file, or its name under $MOELAB_HOME/studies (.moelab/studies here)")
+]
+Out = Annotated[Path | None, typer.Option(help="Folder to write to")]
+Mlflow = Annotated[str | None, typer.Option("--mlflow", metavar="URI", help="Read the study of this name out of an MLflow store, not of its root")]
+Json = Annotated[bool, typer.Option("--json", help="The whole analysis as one JSON object")]
 
 
 @app.command()
 def build(
-    study: Annotated[
-        str, typer.Argument(help="A study's root directory, its YAML file, or its name under $MOELAB_HOME/studies (.moelab/studies here)")
-    ],
-    out: Annotated[Path | None, typer.Option(help="Where to write; default: report/ in the study's root")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Paths as one JSON object")] = False,
+    study: StudyArgument,
+    out: Out = None,
+    mlflow: Mlflow = None,
+    effect: Annotated[
+        list[float] | None, typer.Option(help="An effect, in the objective's unit, for which the needed seeds are asked; repeatable")
+    ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Write report.md, its figures and report.html.  Example: python -m reports build quickstart"""
-    name = str(read_yaml(study).get("name")) if Path(study).suffix in (".yaml", ".yml") else study
-    root = Path(study) if Path(study).is_dir() else Path(os.environ.get("MOELAB_HOME", ".moelab")).expanduser() / "studies" / name
-    page = build_report(root.absolute(), out)
+    """Write a study's report: report.html, report.md, figures/, tables/, data/, manifest.json; by default into report/ in its root.
+
+    Exit code 3 if the study is incomplete: not finished, failed runs, a missing metric, fewer than two seeds of the baseline, runs
+    of another schema.  Example: python -m reports build quickstart --effect 0.01
+    """
+    if any(size <= 0 for size in effect or []):
+        raise typer.BadParameter(f"{min(effect or [])} must be > 0", param_hint="--effect")
+    record, root = _record(study, mlflow)
+    built = build_record(record, out or root / schema.REPORT_DIRECTORY, effect or ())
     if as_json:
-        print(json.dumps({"html": str(page), "markdown": str(page.with_name("report.md")), "manifest": str(page.with_name("manifest.json"))}))
+        print(json.dumps(built.to_dict(), ensure_ascii=False))
     else:
-        print(f"report: {page}\n        {page.with_name('report.md')}")
+        _say(built)
+    if not built.complete:
+        sys.exit(INCOMPLETE)
+
+
+@app.command()
+def compare(a: StudyArgument, b: StudyArgument, out: Out = None, mlflow: Mlflow = None, as_json: Json = False) -> None:
+    """Two studies side by side: baselines, shared variants, what differs in their configuration; a page under $MOELAB_HOME/reports.
+
+    Exit code 3 if one of them is incomplete.  Example: python -m reports compare quickstart device_limit
+    """
+    from reports.comparison import compare_records  # noqa: PLC0415  (each command loads what it needs)
+
+    first, second = (_record(study, mlflow)[0] for study in (a, b))
+    found = compare_records(first, second, out or places.home() / "reports" / f"compare-{first.name}-{second.name}")
+    print(json.dumps(found.to_dict(), ensure_ascii=False) if as_json else f"{plain(found.answer)}\nreport: {found.html}")
+    if not found.complete:
+        sys.exit(INCOMPLETE)
+
+
+@app.command()
+def index(
+    home: Annotated[Path | None, typer.Option(help="Folder that holds studies/; default: $MOELAB_HOME")] = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """All studies on one page: question, verdict, date and state; under $MOELAB_HOME/reports.
+
+    Exit code 3 if a study cannot be read.  Example: python -m reports index
+    """
+    from reports.overview import overview, spoken  # noqa: PLC0415
+
+    place = home.absolute() if home else places.home()
+    found = overview(place / "studies", out or place / "reports" / "index")
+    if as_json:
+        print(json.dumps(found.to_dict(), ensure_ascii=False))
+    else:
+        for row in found.rows:
+            print(spoken(row))
+        print(f"index: {found.html}")
+    if not found.complete:
+        sys.exit(INCOMPLETE)
+
+
+def _record(study: str, mlflow: str | None) -> tuple[StudyRecord, Path]:
+    """The record, and the root that it has or would have."""
+    root = places.study_root(study)
+    if mlflow is None:
+        return load(root), root
+    from reports.mlflow_store import load as load_tracked  # noqa: PLC0415  (mlflow takes seconds to import)
+
+    return load_tracked(places.study_name(study), mlflow), root
+
+
+def _say(built: Built) -> None:
+    print(plain(verdict.headline(built.analysis)))
+    print(f"report: {built.html}\n        {built.html.with_name('report.md')}")
+    for problem in built.analysis.incomplete:
+        print(f"incomplete: {problem.place}: {problem.text}", file=sys.stderr)
 
 
 def main() -> None:

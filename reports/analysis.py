@@ -1,111 +1,187 @@
-"""From runs to statements: paired effects with intervals, Pareto fronts, importances."""
+"""From a record to statements: effects, what the study could show, Pareto front, importances, what is missing."""
 
 import math
-import warnings
-from collections.abc import Sequence, Sized
-from dataclasses import dataclass
+import statistics as plain_statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
-import numpy as np
-import optuna
-from scipy import stats
-
-from reports.store import Run, StudyRecord
+from reports import confounds, words
+from reports.importance import Importances, importances
+from reports.statistics import Effect, Estimate, compare, estimate, noise_floor, seeds_needed, smallest_effect
+from reports.store import Problem, Run, StudyRecord
 from sweeps import schema
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)
-LEVEL = 0.95
-WORTH_SAYING = 0.02
-"""Relative change of a saving from which on the verdict names it; the table holds all of them."""
-OWN_SPREAD = 3
-"""Seeds from which on a variant's interval rests on its own spread: with two, Student's factor is 12.7."""
+SIZES = (0.005, 0.01, 0.02)
+"""Effects in bits per byte for which the page says how many seeds they would take; shares of the mean for another objective."""
+METRICS = (
+    schema.KV_BYTES_PER_TOKEN, schema.ACTIVATED_PARAMETERS, schema.TOTAL_PARAMETERS, schema.TRAIN_FLOPS_PER_TOKEN, schema.ALL_TO_ALL_SECONDS,
+    schema.DISTINCT_DEVICES, schema.EXPERT_VIOLATION, schema.DEVICE_VIOLATION, schema.DROPPED_SHARE, schema.TOKENS_PER_SECOND,
+    schema.NGRAM_BITS_PER_BYTE, schema.BITS_PER_BYTE,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Estimate:
-    """A mean over seeds with a 95 % t-interval; `low` and `high` are None where one seed gives none."""
+class Variant:
+    """One configuration and what came of its seeds; `words` say what it changes, `against` what the baseline has there."""
 
-    mean: float
-    low: float | None
-    high: float | None
-    seeds: int
-    pooled: bool = False
-    """The spread was taken from all variants together (see `effects`)."""
+    name: str
+    words: str
+    against: str
+    baseline: bool
+    runs: tuple[Run, ...]
+    values: dict[int, float]
+    effect: Effect | None
+    means: dict[str, Estimate]
 
     @property
-    def resolved(self) -> bool:
-        """The interval leaves zero out."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+    def finished(self) -> int:
+        return sum(run.finished for run in self.runs)
+
+    def ended(self, state: str) -> list[Run]:
+        return [run for run in self.runs if run.state == state]
 
 
-def estimate(values: Sequence[float]) -> Estimate | None:
-    """None where there is no value."""
-    if not len(values):
-        return None
-    mean = float(np.mean(values))
-    if len(values) == 1:
-        return Estimate(mean=mean, low=None, high=None, seeds=1)
-    half = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
-    return Estimate(mean=mean, low=mean - half, high=mean + half, seeds=len(values))
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Need:
+    """Seeds per variant that would show an effect of this size, and what that comes to; None beyond a thousand seeds."""
+
+    effect: float
+    stated: bool
+    seeds: int | None
+    runs: int | None
+    tokens: float | None
+    hours: float | None
 
 
-def metric(runs: Sequence[Run], name: str) -> Estimate | None:
-    """Over the finished runs that recorded it."""
-    return estimate([run.metrics[name] for run in runs if run.finished and name in run.metrics])
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Analysis:
+    """Everything a page says, before it is said.  `incomplete` lists what is missing from the store (exit code 3)."""
+
+    record: StudyRecord
+    metric: str
+    lower_is_better: bool
+    variants: tuple[Variant, ...]
+    floor: float | None
+    spread: float | None
+    smallest: float | None
+    needs: tuple[Need, ...]
+    front: tuple[str, ...]
+    importances: Importances
+    differences: tuple[confounds.Difference, ...]
+    incomplete: tuple[Problem, ...]
+
+    @property
+    def baseline(self) -> Variant | None:
+        return next((v for v in self.variants if v.baseline), None)
+
+    @property
+    def compared(self) -> list[Variant]:
+        """Variants with an effect, smallest first; the best first where less is better."""
+        found = [v for v in self.variants if v.effect is not None]
+        return sorted(found, key=lambda v: v.effect.mean if v.effect else 0.0, reverse=not self.lower_is_better)
+
+    def worse(self, variant: Variant) -> bool:
+        return variant.effect is not None and (variant.effect.mean > 0) == self.lower_is_better
 
 
-def paired(runs: Sequence[Run], baseline: Sequence[Run], name: str) -> Estimate | None:
-    """Variant minus baseline, seed by seed: both saw the same tokens in the same order."""
-    base = {run.seed: run.metrics[name] for run in baseline if run.finished and name in run.metrics}
-    return estimate([run.metrics[name] - base[run.seed] for run in runs if run.finished and name in run.metrics and run.seed in base])
+def analyse(record: StudyRecord, sizes: Sequence[float] = ()) -> Analysis:
+    """`sizes`: effects (in the objective's unit) for which the needed seeds are wanted; default SIZES."""
+    metric, lower = record.objective
+    groups = record.variants
+    base = next((runs for runs in groups.values() if runs[0].baseline), [])
+    values = {name: {run.seed: v for run in runs if (v := run.value(metric)) is not None} for name, runs in groups.items()}
+    reference = values[base[0].variant] if base else {}
+    effects = compare(reference, {name: values[name] for name, runs in groups.items() if not runs[0].baseline}) if reference else {}
+    variants = tuple(_variant(name, runs, values[name], effects.get(name), base) for name, runs in groups.items())
+    spread, smallest, comparisons = _sensitivity(effects, reference)
+    rows = [(v.runs[0].parameters, sum(v.values.values()) / len(v.values)) for v in variants if v.values]
+    return Analysis(
+        record=record,
+        metric=metric,
+        lower_is_better=lower,
+        variants=variants,
+        floor=noise_floor(reference),
+        spread=spread,
+        smallest=smallest,
+        needs=_needs(variants, effects, spread, comparisons, sizes, metric, reference),
+        front=_front(variants, metric, lower_is_better=lower),
+        importances=importances(record, rows, lower_is_better=lower),
+        differences=tuple(confounds.differences(record)),
+        incomplete=tuple(_incomplete(record, metric, base)),
+    )
 
 
-def effects(record: StudyRecord, name: str) -> dict[str, Estimate]:
-    """Each variant minus the baseline, with a 95 % interval; variants that share no finished seed with it are left out.
-
-    From OWN_SPREAD seeds on a variant stands on its own spread (`paired`), whatever that of the others is.
-    With fewer, the study is read as a block design (value = variant + seed + noise of one size): the noise
-    is estimated from all variants together, so that two seeds give an interval that says something.
-    """
-    variants = record.variants
-    base = next((runs for runs in variants.values() if runs[0].baseline), [])
-    found = {n: e for n, runs in variants.items() if not runs[0].baseline and (e := paired(runs, base, name)) is not None}
-    if any(e.seeds < OWN_SPREAD for e in found.values()):
-        pooled = _block_design([variants[n] for n in found], base, name)
-        found = {n: e if e.seeds >= OWN_SPREAD else p or e for (n, e), p in zip(found.items(), pooled, strict=True)}
-    return found
+def _variant(name: str, runs: Sequence[Run], values: dict[int, float], effect: Effect | None, base: Sequence[Run]) -> Variant:
+    said, against = words.variant_words(runs[0], base[0] if base else None)
+    found = {m: e for m in METRICS if (e := estimate([v for run in runs if (v := run.value(m)) is not None])) is not None}
+    return Variant(name=name, words=said, against=against, baseline=runs[0].baseline, runs=tuple(runs), values=values, effect=effect, means=found)
 
 
-def _block_design(variants: Sequence[Sequence[Run]], base: Sequence[Run], name: str) -> list[Estimate | None]:
-    """Least squares of value = variant + seed over the finished runs; None for all where no degree of freedom is left."""
-    cells = [
-        (index, run.seed, run.metrics[name]) for index, runs in enumerate([base, *variants]) for run in runs if run.finished and name in run.metrics
-    ]
-    seeds = sorted({seed for _, seed, _ in cells})
-    design = np.zeros((len(cells), len(variants) + len(seeds)))
-    for row, (index, seed, _) in enumerate(cells):
-        design[row, len(variants) + seeds.index(seed)] = 1.0
-        if index:
-            design[row, index - 1] = 1.0
-    values = np.array([value for _, _, value in cells])
-    solution, _, rank, _ = np.linalg.lstsq(design, values, rcond=None)
-    freedom = len(cells) - int(rank)
-    if freedom < 1:
-        return [None] * len(variants)
-    noise = float(((values - design @ solution) ** 2).sum() / freedom)
-    spread = np.sqrt(noise * np.diag(np.linalg.pinv(design.T @ design))[: len(variants)])
-    half = stats.t.ppf((1 + LEVEL) / 2, freedom) * spread
-    counts = [sum(i == index for i, _, _ in cells) for index in range(1, len(variants) + 1)]
-    rows = zip(solution, half, counts, strict=False)
-    return [Estimate(mean=float(m), low=float(m - h), high=float(m + h), seeds=n, pooled=True) for m, h, n in rows]
+def _sensitivity(effects: Mapping[str, Effect], reference: Mapping[int, float]) -> tuple[float | None, float | None, int]:
+    """Standard deviation of a paired difference, the effect that is shown four times of five, and the comparisons."""
+    with_spread = [e for e in effects.values() if e.spread is not None and e.freedom]
+    comparisons = max(len(with_spread), 1)
+    if with_spread:
+        spread = float(plain_statistics.median(e.spread or 0.0 for e in with_spread))
+        seeds, freedom = (int(plain_statistics.median_low([getattr(e, n) for e in with_spread])) for n in ("seeds", "freedom"))
+        return spread, smallest_effect(spread, seeds, freedom, comparisons), comparisons
+    floor = noise_floor(reference)
+    return (floor * math.sqrt(2) if floor is not None else None), None, comparisons
 
 
-def noise_floor(baseline: Sequence[Run], name: str) -> float | None:
-    """Standard deviation of the baseline over its seeds; None with fewer than two."""
-    values = [run.metrics[name] for run in baseline if run.finished and name in run.metrics]
-    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+def _needs(
+    variants: Sequence[Variant],
+    effects: Mapping[str, Effect],
+    spread: float | None,
+    comparisons: int,
+    sizes: Sequence[float],
+    metric: str,
+    reference: Mapping[int, float],
+) -> tuple[Need, ...]:
+    if spread is None:
+        return ()
+    scale = 1.0 if metric.startswith(schema.BITS_PER_BYTE) else abs(sum(reference.values()) / max(len(reference), 1)) * 2
+    stated = tuple(sizes) or tuple(size * scale for size in SIZES)
+    unshown = [abs(e.mean) for e in effects.values() if not e.shown and e.mean]
+    done = [run for v in variants for run in v.runs if run.finished]
+    tokens, seconds = (_mean([run.summary.get(key) for run in done]) for key in ("tokens", "seconds"))
+    found = []
+    for size, was_stated in sorted({**{max(unshown, default=0.0): False}, **dict.fromkeys(stated, True)}.items()):
+        if size <= 0:
+            continue
+        seeds = seeds_needed(size, spread, comparisons)
+        runs = seeds * len(variants) if seeds else None
+        found.append(
+            Need(
+                effect=size,
+                stated=was_stated,
+                seeds=seeds,
+                runs=runs,
+                tokens=runs * tokens if runs and tokens else None,
+                hours=runs * seconds / 3600 if runs and seconds else None,
+            )
+        )
+    return tuple(found)
 
 
-def pareto(points: dict[str, tuple[float, ...]]) -> set[str]:
+def _mean(values: Sequence[Any]) -> float | None:
+    known = [float(v) for v in values if v]
+    return sum(known) / len(known) if known else None
+
+
+def _front(variants: Sequence[Variant], metric: str, *, lower_is_better: bool) -> tuple[str, ...]:
+    """Variants that no other beats in loss, cache and simulated time (0 without experts) at once."""
+    points = {}
+    for v in variants:
+        cache, time = v.means.get(schema.KV_BYTES_PER_TOKEN), v.means.get(schema.ALL_TO_ALL_SECONDS)
+        if v.values and cache and (time or not has_experts(v.runs[0])):
+            loss = sum(v.values.values()) / len(v.values)
+            points[v.name] = (loss if lower_is_better else -loss, cache.mean, time.mean if time else 0.0)
+    return tuple(name for name in points if name in pareto(points))
+
+
+def pareto(points: Mapping[str, tuple[float, ...]]) -> set[str]:
     """Names of the points that no other point beats or equals in everything and beats in something (all minimised)."""
 
     def dominated(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
@@ -114,124 +190,60 @@ def pareto(points: dict[str, tuple[float, ...]]) -> set[str]:
     return {name for name, point in points.items() if not any(dominated(point, other) for other in points.values())}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Importances:
-    """Share of the objective's variation that each searched setting explains, by two evaluators; or why there are none."""
-
-    fanova: dict[str, float]
-    ped_anova: dict[str, float]
-    missing: str | None
+def has_experts(run: Run) -> bool:
+    return bool((run.config.get("model") or {}).get("moe"))
 
 
-def importances(record: StudyRecord, name: str) -> Importances:
-    """Computed over the run table (mean over seeds per variant), not over the journal: the store alone decides."""
-    rows = [(runs[0].parameters, e.mean) for runs in record.variants.values() if (e := metric(runs, name)) is not None]
-    varied = {path for path in (rows[0][0] if rows else {}) if len({str(p[path]) for p, _ in rows}) > 1}
-    if len(rows) < 4 or len(varied) < 2:
-        return Importances(
-            fanova={}, ped_anova={}, missing=f"{len(rows)} finished variants of {len(varied)} settings are too few (4 and 2 are needed)"
-        )
-    study = optuna.create_study(direction="minimize")
-    choices = {path: sorted({p[path] for p, _ in rows}, key=lambda v: (v is None, str(v))) for path in sorted(varied)}
-    for parameters, value in rows:
-        distributions: dict[str, optuna.distributions.BaseDistribution] = {
-            path: optuna.distributions.CategoricalDistribution(values) for path, values in choices.items()
+def _incomplete(record: StudyRecord, metric: str, base: Sequence[Run]) -> list[Problem]:
+    """What a whole study would have and this one has not."""
+    found = list(record.problems)
+    state = record.state.get("state", "unknown")
+    if state not in ("finished", "finished-with-failures"):
+        planned = record.state.get("planned")
+        done = sum(run.finished for run in record.runs)
+        found.append(Problem(place="study", text=f"has not finished (state: {state}); {done} of {planned or 'an unknown number of'} runs have"))
+    for run in record.runs:
+        if run.state in (schema.FAILED, schema.STOPPED) or run.state not in schema.STATES:
+            found.append(Problem(place=run.name, text=f"{run.variant}, seed {run.seed}: {run.state}"))
+        elif run.finished and run.value(metric) is None:
+            there = "is not a finite number" if metric in run.metrics else "was not recorded"
+            found.append(Problem(place=run.name, text=f"{run.variant}, seed {run.seed}: {metric} {there}"))
+        if not run.config:
+            found.append(Problem(place=run.name, text=f"{schema.CONFIG_FILE} is missing: its settings cannot be compared"))
+    seeds = sum(run.value(metric) is not None for run in base)
+    if seeds < 2:
+        said = "has no run" if not base else "has no finished seed" if not seeds else "has one finished seed"
+        found.append(Problem(place="study", text=f"the baseline {said}: {'nothing can be compared' if not seeds else 'there is no noise floor'}"))
+    return found
+
+
+def to_dict(analysis: Analysis) -> dict[str, Any]:
+    """Plain values for JSON; numbers in full."""
+    variants = [
+        {
+            "variant": v.name,
+            "words": v.words,
+            "baseline": v.baseline,
+            "parameters": v.runs[0].parameters,
+            "runs": {run.name: {"seed": run.seed, "state": run.state, "value": run.value(analysis.metric)} for run in v.runs},
+            "effect": None if v.effect is None else {**asdict(v.effect), "shown": v.effect.shown},
+            "means": {name: asdict(value) for name, value in v.means.items()},
+            "on_pareto_front": v.name in analysis.front,
         }
-        study.add_trial(optuna.trial.create_trial(params={p: parameters[p] for p in choices}, distributions=distributions, value=value))
-    found = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for evaluator in (optuna.importance.FanovaImportanceEvaluator(seed=0), optuna.importance.PedAnovaImportanceEvaluator()):
-            try:
-                found.append(dict(optuna.importance.get_param_importances(study, evaluator=evaluator)))
-            except (ValueError, RuntimeError) as error:
-                return Importances(fanova={}, ped_anova={}, missing=f"{type(evaluator).__name__}: {error}")
-    return Importances(fanova=found[0], ped_anova=found[1], missing=None)
-
-
-def verdict(record: StudyRecord) -> list[str]:
-    """The answer in sentences, each computed."""
-    variants = record.variants
-    base = next((runs for runs in variants.values() if runs[0].baseline), [])
-    if not any(run.finished for run in base):
-        return ["There is no finished baseline, so there is nothing to compare with."]
-    sentences = []
-    found = effects(record, schema.BITS_PER_BYTE)
-    for name, runs in variants.items():
-        if runs[0].baseline:
-            continue
-        effect = found.get(name)
-        if effect is None:
-            sentences.append(f"**{name}**: no run finished on a seed that the baseline has.")
-            continue
-        sentences.append(f"**{name}** {_cost(effect)}; {_savings(runs, base)}.")
-    return sentences
-
-
-def headline(record: StudyRecord) -> str:
-    """How many changes could be told from the baseline, and how small a difference the study can tell at all."""
-    found = effects(record, schema.BITS_PER_BYTE)
-    halves = [(e.high - e.low) / 2 for e in found.values() if e.low is not None and e.high is not None]
-    if not halves:
-        return ""
-    worse = [name for name, e in found.items() if e.resolved and e.mean > 0]
-    better = [name for name, e in found.items() if e.resolved and e.mean < 0]
-    parts = [f"{len(names)} {word} ({', '.join(names)})" for names, word in ((worse, "worse"), (better, "better")) if names]
-    told = " and ".join(parts) if parts else "none can be told from it"
-    smallest = f"{min(halves):.4f}" if max(halves) - min(halves) < 5e-5 else f"{min(halves):.4f} to {max(halves):.4f}"
-    return (
-        f"Of {_count(found)} compared with the baseline: {told}; the others differ by less than this study can show, "
-        f"which is {smallest} bits per byte."
-        if parts
-        else f"Of {_count(found)} compared with the baseline {told}: this study can show differences from {smallest} bits per byte on."
-    )
-
-
-def _count(found: Sized) -> str:
-    return f"{len(found)} variant{'' if len(found) == 1 else 's'}"
-
-
-def _cost(effect: Estimate) -> str:
-    if effect.low is None or effect.high is None:
-        return f"differs by {effect.mean:+.4f} bits per byte from the baseline on one seed, which gives no interval"
-    half = (effect.high - effect.low) / 2
-    if not effect.resolved:
-        return f"differs by {effect.mean:+.4f} ± {half:.4f} bits per byte: no difference that {effect.seeds} seeds can show"
-    word = "costs" if effect.mean > 0 else "gains"
-    return f"{word} {abs(effect.mean):.4f} ± {half:.4f} bits per byte"
-
-
-def _savings(runs: Sequence[Run], base: Sequence[Run]) -> str:
-    parts = []
-    quantities = (
-        (schema.KV_BYTES_PER_TOKEN, "the KV cache"),
-        (schema.ACTIVATED_PARAMETERS, "activated parameters"),
-        (schema.ALL_TO_ALL_SECONDS, "simulated all-to-all time"),
-        (schema.DISTINCT_DEVICES, "devices per token"),
-    )
-    for name, words in quantities:
-        ours, theirs = metric(runs, name), metric(base, name)
-        if ours is None or theirs is None or not theirs.mean:
-            continue
-        change = ours.mean / theirs.mean - 1
-        if abs(change) >= WORTH_SAYING:
-            parts.append(f"{words} {change:+.0%}")
-    return ", ".join(parts) if parts else "cache, parameters and simulated communication stay as they are"
-
-
-def reference_sentence(record: StudyRecord) -> str:
-    """How far below the order-2 model of the same tokens the trained models are."""
-    shares = {
-        run.name: 1 - run.metrics[schema.BITS_PER_BYTE] / run.metrics[schema.NGRAM_BITS_PER_BYTE]
-        for run in record.runs
-        if run.finished and schema.NGRAM_BITS_PER_BYTE in run.metrics and schema.BITS_PER_BYTE in run.metrics
+        for v in analysis.variants
+    ]
+    return {
+        "study": analysis.record.name,
+        "question": analysis.record.question,
+        "state": analysis.record.state.get("state"),
+        "metric": analysis.metric,
+        "lower_is_better": analysis.lower_is_better,
+        "noise_floor": analysis.floor,
+        "paired_spread": analysis.spread,
+        "smallest_effect": analysis.smallest,
+        "needs": [asdict(need) for need in analysis.needs],
+        "variants": variants,
+        "importances": asdict(analysis.importances),
+        "confounds": [asdict(d) for d in analysis.differences],
+        "incomplete": [asdict(p) for p in analysis.incomplete],
     }
-    if not shares:
-        return "No run recorded the order-2 reference."
-    low, high = min(shares.values()), max(shares.values())
-    ends = sorted((low, high), key=abs)
-    words = ["below" if share > 0 else "above" for share in ends]
-    span = f"{abs(ends[0]):.1%} {'' if words[0] == words[1] else words[0] + ' '}to {abs(ends[1]):.1%} {words[1]}"
-    above = sum(share <= 0 for share in shares.values())
-    told = f"all {len(shares)} of them" if not above else f"{above} of {len(shares)} are not below it"
-    return f"Trained models are {span} an order-2 Kneser-Ney model of the very tokens that each was trained on: {told}."

@@ -1,223 +1,180 @@
-"""The pictures, by matplotlib, the same bytes each time."""
+"""What is drawn: charts out of an analysis, and a sentence for each that the store has no data for."""
 
-import io
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
 
-import matplotlib as mpl
-from cycler import cycler
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.figure import Figure as Canvas
 
-from reports import analysis
-from reports.store import StudyRecord
+from reports import words
+from reports.analysis import Analysis, Variant
+from reports.charts import COLOURS, Bars, Chart, Interval, Intervals, Lines, Point, Points, Series
+from reports.document import plain
+from reports.routing_figures import device_load, distinct_devices, expert_load, simulated
 from sweeps import schema
 
-STYLE: dict[Any, Any] = {
-    "figure.dpi": 130,
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "axes.prop_cycle": cycler(color=["#1b1b1b", "#0b6bb8", "#d1495b", "#2a9d5c", "#e08e1b", "#7b52ab", "#19a0a8", "#8a6d3b", "#c2569b", "#6c757d"]),
-    "legend.frameon": False,
-}
+
+def draw(analysis: Analysis) -> tuple[dict[str, Chart], dict[str, str]]:
+    """Charts by name, and why there is none."""
+    colours = colour_of(analysis)
+    makers: dict[str, Callable[[], Chart | str]] = {
+        "effects": lambda: effects(analysis),
+        "loss-curves": lambda: loss_curves(analysis, colours),
+        "pareto": lambda: fronts(analysis, colours),
+        "simulated": lambda: simulated(analysis),
+        "distinct-devices": lambda: distinct_devices(analysis, colours),
+        "expert-load": lambda: expert_load(analysis),
+        "device-load": lambda: device_load(analysis),
+        "importances": lambda: importance_bars(analysis),
+    }
+    made = {name: make() for name, make in makers.items()}
+    return {n: c for n, c in made.items() if isinstance(c, Chart)}, {n: c for n, c in made.items() if isinstance(c, str)}
 
 
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """A PNG with its caption and the text that stands in for it."""
-
-    name: str
-    caption: str
-    alternative: str
-    png: bytes
-
-
-def draw_all(record: StudyRecord) -> tuple[list[Figure], list[str]]:
-    """Every figure that the store has data for, and a sentence for each that it has not."""
-    figures, missing = [], []
-    with mpl.rc_context(STYLE):
-        for make in (loss_curves, effects, trade_off, expert_load, all_to_all_by_limit, importance_bars):
-            made = make(record)
-            if isinstance(made, Figure):
-                figures.append(made)
-            else:
-                missing.append(made)
-    return figures, missing
+def colour_of(analysis: Analysis) -> dict[str, int | None]:
+    """The baseline, then the variants that differ most, have colours; the rest is grey."""
+    base = [v.name for v in analysis.variants if v.baseline]
+    strongest = sorted(analysis.compared, key=lambda v: -abs(v.effect.mean if v.effect else 0.0))
+    names = [*base, *(v.name for v in strongest), *(v.name for v in analysis.variants)]
+    chosen = list(dict.fromkeys(names))[:COLOURS]
+    order = [v.name for v in analysis.variants if v.name in chosen]
+    return {v.name: order.index(v.name) if v.name in chosen else None for v in analysis.variants}
 
 
-def loss_curves(record: StudyRecord) -> Figure | str:
-    """Validation bits per byte over tokens: mean over seeds, band from lowest to highest."""
-    canvas, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.6))
-    drawn = 0
-    for name, runs in record.variants.items():
-        for axes, key in ((left, schema.LOSS), (right, schema.BITS_PER_BYTE)):
-            curves = [{r["tokens"]: r[key] for r in run.records if key in r} for run in runs if run.records]
-            tokens = sorted(set.intersection(*(set(c) for c in curves))) if curves else []
-            if not tokens:
-                continue
-            values = np.array([[c[t] for t in tokens] for c in curves])
-            if key == schema.LOSS:
-                width = max(len(tokens) // 25, 1)
-                values = np.array([np.convolve(row, np.ones(width) / width, "valid") for row in values])
-                tokens = tokens[width - 1 :]
-            millions = np.array(tokens) / 1e6
-            axes.plot(millions, values.mean(0), label=name, lw=1.4, marker="o" if key != schema.LOSS else None, ms=3)
-            if len(values) > 1:
-                axes.fill_between(millions, values.min(0), values.max(0), alpha=0.15, lw=0)
-            drawn += 1
-    if not drawn:
-        plt.close(canvas)
-        return "Loss curves: no run has recorded any."
-    left.set(xlabel="training tokens (millions)", ylabel="training loss (nats per token, smoothed)")
-    right.set(xlabel="training tokens (millions)", ylabel="held-out bits per byte")
-    reference = analysis.metric(record.runs, schema.NGRAM_BITS_PER_BYTE)
-    if reference is not None:
-        right.axhline(reference.mean, ls="--", lw=1, color="#888")
-        right.annotate(
-            "order-2 model of the same tokens",
-            (0.98, reference.mean),
-            xycoords=("axes fraction", "data"),
-            ha="right",
-            va="top",
-            fontsize=8,
-            color="#666",
-        )
-    right.legend(fontsize=7)
-    caption = "Loss over training. Lines are means over seeds, bands reach from the lowest to the highest seed."
-    return _finish(
-        canvas, "loss-curves", caption, f"Training loss and held-out bits per byte of {len(record.variants)} variants over tokens, falling."
-    )
+def legend(variants: Sequence[Variant], colours: dict[str, int | None]) -> tuple[tuple[str, int | None], ...]:
+    named = [(plain(v.words), colours[v.name]) for v in variants if colours[v.name] is not None]
+    grey = sum(colours[v.name] is None for v in variants)
+    return (*named, (f"{grey} others", None)) if grey else tuple(named)
 
 
-def effects(record: StudyRecord) -> Figure | str:
+def effects(analysis: Analysis) -> Chart | str:
     """Paired difference to the baseline, with its interval."""
-    variants = record.variants
-    base = next((runs for runs in variants.values() if runs[0].baseline), [])
-    rows = list(analysis.effects(record, schema.BITS_PER_BYTE).items())
-    if not rows:
+    found = analysis.compared
+    if not found:
         return "Effects: no variant has a finished run on a seed of the baseline."
-    rows.sort(key=lambda row: row[1].mean)
-    canvas, axes = plt.subplots(figsize=(7.6, 0.9 + 0.42 * len(rows)))
-    for y, (_, effect) in enumerate(rows):
-        colour = "#888" if not effect.resolved else "#d1495b" if effect.mean > 0 else "#2a9d5c"
-        if effect.low is not None and effect.high is not None:
-            axes.plot([effect.low, effect.high], [y, y], color=colour, lw=2.4, alpha=0.55, solid_capstyle="round")
-        axes.plot(effect.mean, y, "o", color=colour, ms=6)
-    axes.axvline(0, color="#1b1b1b", lw=1)
-    floor = analysis.noise_floor(base, schema.BITS_PER_BYTE)
-    if floor is not None:
-        axes.axvspan(-floor, floor, color="#888", alpha=0.12, lw=0)
-    axes.set(yticks=range(len(rows)), yticklabels=[n for n, _ in rows], xlabel="held-out bits per byte, difference to the baseline (left is better)")
-    caption = "Effect of each variant, paired over seeds, with 95 % t-intervals. Grey band: the baseline's standard deviation over seeds."
-    text = "; ".join(f"{n} {e.mean:+.4f}" for n, e in rows)
-    return _finish(canvas, "effects", caption, f"Differences in bits per byte to the baseline: {text}.")
-
-
-def trade_off(record: StudyRecord) -> Figure | str:
-    """Loss against cache against communication time, Pareto front marked."""
-    points: dict[str, tuple[float, ...]] = {}
-    for name, runs in record.variants.items():
-        loss, cache, time = (analysis.metric(runs, k) for k in (schema.BITS_PER_BYTE, schema.KV_BYTES_PER_TOKEN, schema.ALL_TO_ALL_SECONDS))
-        if loss and cache:
-            points[name] = (loss.mean, cache.mean, time.mean if time else 0.0)
-    if len(points) < 2:
-        return "Trade-off: fewer than two variants have loss and cache."
-    front = analysis.pareto(points)
-    canvas, axes = plt.subplots(1, 2, figsize=(9.2, 3.8), sharey=True)
-    for index, (name, point) in enumerate(points.items()):
-        for place, x in ((axes[0], point[1]), (axes[1], point[2] * 1e6)):
-            place.scatter(x, point[0], s=60 if name in front else 28, marker="o" if name in front else "x", color=f"C{index % 10}", label=name)
-    axes[0].set(xlabel="KV cache (bytes per token, 16 bits)", ylabel="held-out bits per byte")
-    axes[1].set(xlabel="simulated all-to-all, dispatch and combine (µs; 0 without experts)")
-    axes[1].legend(fontsize=7)
-    caption = "Loss against KV bytes and against simulated communication time. Discs are on the Pareto front of all three, crosses are beaten."
-    return _finish(canvas, "trade-off", caption, f"On the Pareto front of loss, cache and communication: {', '.join(sorted(front))}.")
-
-
-def expert_load(record: StudyRecord) -> Figure | str:
-    """Load of experts over training, of the baseline's first seed, and of the devices of every variant at the end."""
-    traced = {name: run for name, runs in record.variants.items() for run in runs[:1] if run.trace is not None and run.trace.expert_ids.size}
-    if not traced:
-        return "Expert load: no run has left a routing trace."
-    name, run = next(iter(traced.items()))
-    trace = run.trace
-    assert trace is not None
-    load = np.stack(
-        [np.bincount(step.ravel(), minlength=trace.n_routed_experts) for step in trace.expert_ids.reshape(-1, *trace.expert_ids.shape[2:])]
-    )
-    load = load / load.mean(1, keepdims=True)
-    canvas, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.8), gridspec_kw={"width_ratios": [1.25, 1]})
-    picture = left.imshow(load, aspect="auto", cmap="cividis", vmin=0, vmax=max(2.0, float(load.max())), interpolation="nearest")
-    labels = [f"step {s}, layer {layer}" for s in trace.steps for layer in trace.layers]
-    left.set(yticks=range(len(labels)), xlabel="routed expert", title=f"load over mean: {name}, seed {run.seed}")
-    left.set_yticklabels(labels, fontsize=6)
-    left.grid(visible=False)
-    canvas.colorbar(picture, ax=left, fraction=0.04)
-    for index, (variant, other) in enumerate(traced.items()):
-        assert other.trace is not None
-        devices = other.trace.device_ids()[-1].ravel()
-        share = np.sort(np.bincount(devices, minlength=other.trace.expert_devices) / len(devices) * other.trace.expert_devices)[::-1]
-        right.plot(range(1, len(share) + 1), share, marker=".", lw=1, color=f"C{index % 10}", label=variant)
-    right.axhline(1, color="#888", lw=1, ls="--")
-    right.set(xlabel="device, busiest first", ylabel="load over mean", title="devices at the end, first seed")
-    right.legend(fontsize=7)
-    caption = "Expert load over training (1 is perfect balance), and device load of every variant at its end, on held-out text."
-    return _finish(
-        canvas,
-        "expert-load",
-        caption,
-        f"Heat map of expert load of {name}; the busiest expert carries {load[-1].max():.2f} times the mean at the end.",
+    items = []
+    for v in found:
+        assert v.effect is not None
+        tone = "none" if not v.effect.shown else "worse" if analysis.worse(v) else "better"
+        told = "shown" if v.effect.shown else "not shown"
+        note = f"{words.effect_words(v.effect)} {words.unit(analysis.metric)}, {words.seeds_words(v.effect.seeds)}, {told}"
+        items.append(Interval(name=plain(v.words), mean=v.effect.mean, low=v.effect.low, high=v.effect.high, tone=tone, note=note))
+    better = "left" if analysis.lower_is_better else "right"
+    label = f"{words.unit(analysis.metric)}, difference to the baseline ({better} is better)"
+    widest = max(abs(x) for i in items for x in (i.mean, i.low, i.high) if x is not None)
+    band = analysis.floor if analysis.floor is not None and analysis.floor < widest else None
+    panel = Intervals(title="", x_label=label, items=tuple(items), band=band)
+    caption = "Effect of each variant with its 95 % interval; coloured where the study shows it."
+    if band is not None:
+        caption += " Grey band: the baseline's standard deviation over seeds."
+    elif analysis.floor is not None:
+        caption += " The baseline's standard deviation over seeds is wider than the picture: pairing by seed takes most of it out."
+    listed = "; ".join(f"{i.name} {i.mean:+.{words.digits(i.mean)}f}{'' if i.tone == 'none' else ' (' + i.tone + ')'}" for i in items)
+    return Chart(
+        name="effects", caption=caption, alternative=f"Differences in {words.unit(analysis.metric)} to the baseline: {listed}.", panels=(panel,)
     )
 
 
-def all_to_all_by_limit(record: StudyRecord) -> Figure | str:
-    """Simulated time of each trained model, re-routed under every device limit."""
-    canvas, axes = plt.subplots(figsize=(6.4, 3.6))
-    for index, (name, runs) in enumerate(record.variants.items()):
-        tables = [run.simulation["by_device_limit"] for run in runs if run.simulation]
-        if not tables:
-            continue
-        limits = [m for m in tables[0] if m != "unrestricted"]
-        values = np.array([[table[m]["seconds"] * 1e6 for m in limits] for table in tables])
-        axes.plot([int(m) for m in limits], values.mean(0), marker="o", ms=3.5, lw=1.2, color=f"C{index % 10}", label=name)
-    if not axes.lines:
-        plt.close(canvas)
-        return "All-to-all against M: no run has been simulated."
-    cluster = record.study["cluster"]
-    axes.set(xlabel="device limit M", ylabel="dispatch and combine (µs, simulated)", ylim=(0, None))
-    axes.legend(fontsize=7)
-    caption = f"Simulated all-to-all of one layer against M, each trained model re-routed: {cluster['file']}, {cluster['nodes']} nodes of {cluster['gpus_per_node']} GPUs."
-    return _finish(canvas, "all-to-all-by-limit", caption, "Simulated all-to-all time rises with the device limit and levels off.")
+def loss_curves(analysis: Analysis, colours: dict[str, int | None]) -> Chart | str:
+    """Training loss and the objective over tokens: mean over seeds, band from lowest to highest."""
+    keys = [(schema.LOSS, "training loss (nats per token, smoothed)")]
+    shown = analysis.metric if any(analysis.metric in r for run in analysis.record.runs for r in run.records) else schema.BITS_PER_BYTE
+    if shown != schema.LOSS:
+        keys.append((shown, f"held-out {words.metric_name(shown)}" if shown.startswith("validation/") else words.metric_name(shown)))
+    panels = []
+    for key, label in keys:
+        series = [s for v in analysis.variants if (s := _curve(v, key, colours[v.name])) is not None]
+        if series:
+            reference = [x for run in analysis.record.runs if (x := run.value(schema.NGRAM_BITS_PER_BYTE)) is not None]
+            level = ("order-2 model of the same tokens", float(np.mean(reference))) if reference and key == schema.BITS_PER_BYTE else None
+            panels.append(
+                Lines(title=label, x_label="training tokens (millions)", y_label="", series=tuple(series), reference=level, from_x=_begin(series))
+            )
+    if not panels:
+        return "Loss curves: no run has recorded any."
+    begun = any(panel.from_x > 0 for panel in panels)
+    scope = "Without the first tenth of training" if begun else "Over training"
+    caption = f"{scope}. Lines are means over seeds, bands reach from the lowest to the highest seed."
+    last = panels[-1]
+    ends = "; ".join(f"{s.name} ends at {s.y[-1]:.4g}" for s in last.series[:12])
+    return Chart(
+        name="loss-curves",
+        caption=caption,
+        alternative=f"Curves of {len(last.series)} variants over training tokens; {last.title}: {ends}.",
+        panels=tuple(panels),
+        legend=legend(analysis.variants, colours),
+    )
 
 
-def importance_bars(record: StudyRecord) -> Figure | str:
+def _begin(series: Sequence[Series]) -> float:
+    """The steep first tenth would flatten what is to be compared; short curves are drawn whole."""
+    last = max(s.x[-1] for s in series)
+    return last / 10 if all(sum(x >= last / 10 for x in s.x) >= 4 for s in series) else -math.inf
+
+
+def _curve(variant: Variant, key: str, colour: int | None) -> Series | None:
+    """Over the tokens that all seeds with records share; runs that failed early do not cut the others short."""
+    runs = [run for run in variant.runs if run.finished] or list(variant.runs)
+    curves = [c for run in runs if (c := {r["tokens"]: r[key] for r in run.records if np.isfinite(r.get(key, np.nan))})]
+    tokens = sorted(set.intersection(*(set(c) for c in curves))) if curves else []
+    if not tokens:
+        return None
+    values = np.array([[c[t] for t in tokens] for c in curves])
+    if key == schema.LOSS:
+        width = max(len(tokens) // 25, 1)
+        values = np.array([np.convolve(row, np.ones(width) / width, "valid") for row in values])
+        tokens = tokens[width - 1 :]
+    band = len(values) > 1
+    return Series(
+        name=plain(variant.words),
+        x=tuple(t / 1e6 for t in tokens),
+        y=tuple(map(float, values.mean(0))),
+        low=tuple(map(float, values.min(0))) if band else (),
+        high=tuple(map(float, values.max(0))) if band else (),
+        colour=colour,
+        marked=key != schema.LOSS and len(tokens) <= 40,
+    )
+
+
+def fronts(analysis: Analysis, colours: dict[str, int | None]) -> Chart | str:
+    """Objective against cache and against communication time, Pareto front of all three marked."""
+    rows = []
+    for v in analysis.variants:
+        cache, time = v.means.get(schema.KV_BYTES_PER_TOKEN), v.means.get(schema.ALL_TO_ALL_SECONDS)
+        if v.values and cache:
+            rows.append((v, sum(v.values.values()) / len(v.values), cache.mean, time.mean * 1e6 if time else None))
+    if len(rows) < 2:
+        return "Pareto front: fewer than two variants have both the objective and a cache size."
+    label = words.metric_name(analysis.metric)
+
+    def panel(title: str, x_label: str, values: list[tuple[Variant, float, float]]) -> Points:
+        points = tuple(Point(name=plain(v.words), x=x, y=y, front=v.name in analysis.front, colour=colours[v.name]) for v, y, x in values)
+        return Points(title=title, x_label=x_label, y_label=label, points=points)
+
+    panels = [panel(f"{label} against the cache", "KV cache (bytes per token, 16 bits)", [(v, y, c) for v, y, c, _ in rows])]
+    timed = [(v, y, t) for v, y, _, t in rows if t is not None]
+    if timed:
+        panels.append(panel(f"{label} against communication", "simulated all-to-all of a layer (µs)", timed))
+    front = ", ".join(plain(v.words) for v in analysis.variants if v.name in analysis.front)
+    return Chart(
+        name="pareto",
+        caption="Discs are on the Pareto front of all three (objective, KV bytes, simulated time; means over seeds), crosses are beaten.",
+        alternative=f"On the Pareto front of {label}, cache and simulated communication: {front or 'no variant that has all three'}.",
+        panels=tuple(panels),
+        legend=legend(analysis.variants, colours),
+    )
+
+
+def importance_bars(analysis: Analysis) -> Chart | str:
     """Two evaluators side by side."""
-    found = analysis.importances(record, schema.BITS_PER_BYTE)
+    found = analysis.importances
     if found.missing:
         return f"Importances: {found.missing}."
-    names = sorted(found.fanova, key=found.fanova.__getitem__)
-    canvas, axes = plt.subplots(figsize=(6.4, 0.9 + 0.45 * len(names)))
-    for offset, (label, values) in ((0.2, ("fANOVA", found.fanova)), (-0.2, ("PED-ANOVA", found.ped_anova))):
-        axes.barh(np.arange(len(names)) + offset, [values.get(n, 0.0) for n in names], height=0.36, label=label)
-    axes.set(yticks=range(len(names)), yticklabels=[n.removeprefix("model.") for n in names], xlabel="share of the variation in bits per byte")
-    axes.legend(fontsize=8)
-    first = [max(v, key=v.__getitem__).removeprefix("model.") for v in (found.fanova, found.ped_anova) if v]
-    agree = f"Both name {first[0]} first." if len(set(first)) == 1 else f"They disagree: fANOVA names {first[0]} first, PED-ANOVA {first[-1]}."
-    return _finish(
-        canvas, "importances", f"Importance of the searched settings by two evaluators over {len(record.variants)} variants. {agree}", agree
+    names = sorted(found.fanova, key=lambda n: -found.fanova[n])
+    groups = tuple((label, tuple(v.get(n, 0.0) for n in names)) for label, v in (("fANOVA", found.fanova), ("PED-ANOVA", found.ped_anova)))
+    first = [words.setting(max(v, key=v.__getitem__)) for v in (found.fanova, found.ped_anova)]
+    said = f"Both name {first[0]} first." if found.agree else f"The two disagree: fANOVA names {first[0]} first, PED-ANOVA {first[1]}."
+    panel = Bars(
+        title="", x_label=f"share of the variation in {words.unit(analysis.metric)}", names=tuple(words.setting(n) for n in names), groups=groups
     )
-
-
-def _finish(canvas: Canvas, name: str, caption: str, alternative: str) -> Figure:
-    canvas.tight_layout()
-    buffer = io.BytesIO()
-    # Software and date would make the same figure different bytes.
-    canvas.savefig(buffer, format="png", metadata={"Software": None})
-    plt.close(canvas)
-    return Figure(name, caption, alternative, buffer.getvalue())
+    caption = f"Importance of the searched settings by two evaluators over {len(analysis.variants)} variants. {said}"
+    return Chart(name="importances", caption=caption, alternative=said, panels=(panel,), legend=(("fANOVA", 1), ("PED-ANOVA", 2)))

@@ -1,12 +1,13 @@
-"""The report's text: Markdown that a code host renders, every number computed from the store."""
+"""A study's page: blocks in reading order, every number and sentence computed from the store."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from reports import analysis
-from reports.analysis import Estimate
-from reports.figures import Figure
-from reports.store import Run, StudyRecord
+from reports import confounds, tables, verdict, words
+from reports.analysis import Analysis, has_experts
+from reports.charts import Chart
+from reports.document import Block, Bullets, Cell, Document, Heading, Notice, Picture, Table, Text, safe
 from research.schedule import batch_schedule
 from sweeps import schema
 
@@ -14,203 +15,183 @@ MOST_HASHES = 12
 """Files named on the page; the store has all."""
 
 
-def markdown(record: StudyRecord, figures: Sequence[Figure], missing: Sequence[str]) -> str:
+def page(analysis: Analysis, charts: dict[str, Chart], missing: dict[str, str]) -> Document:
     """The whole page."""
-    variants = record.variants
-    base = next((runs for runs in variants.values() if runs[0].baseline), [])
-    drawn = {figure.name: _figure(figure) for figure in figures}
-    sections = [
-        f"# {_safe(record.study['question'])}",
-        _state(record),
-        "## Answer",
-        analysis.headline(record),
-        "\n".join(f"- {sentence}" for sentence in analysis.verdict(record)),
-        _floor(base),
-        analysis.reference_sentence(record),
-        drawn.get("effects", ""),
-        "## Variants",
-        _quality_table(record),
-        _intervals(record) + " Bytes are of a 16-bit cache.",
-        "## Over training",
-        drawn.get("loss-curves", ""),
-        _domain_table(record),
-        "## What it costs and what it saves",
-        drawn.get("trade-off", ""),
-        drawn.get("all-to-all-by-limit", ""),
-        _limit_table(record),
+
+    def picture(name: str) -> list[Block]:
+        return [Picture(charts[name])] if name in charts else [Text(f"Not shown. {safe(missing[name])}")]
+
+    blocks: list[Block] = [*_notices(analysis), Heading("Answer")]
+    if found := verdict.sentences(analysis):
+        blocks.append(Bullets(tuple(found)))
+    blocks += [*picture("effects"), tables.quality(analysis)]
+    blocks += [Heading("What this study can show"), Text(" ".join(verdict.floor_sentences(analysis))), *_some(tables.needs(analysis))]
+    blocks += [Text(verdict.reference_sentence(analysis))]
+    blocks += [Heading("Over training"), *picture("loss-curves"), *_some(tables.domains(analysis))]
+    blocks += [Heading("What it costs and what it saves"), *picture("pareto"), *_simulation(analysis, picture)]
+    if any(has_experts(run) for run in analysis.record.runs):
+        blocks += [Heading("Who was routed where"), tables.routing(analysis), *picture("distinct-devices")]
+        blocks += [*picture("device-load"), *picture("expert-load")]
+    blocks += [Heading("What matters"), *picture("importances")]
+    blocks += [Heading("What was held equal"), *_matched(analysis), *_some(tables.budget(analysis)), Bullets(tuple(_confounds(analysis)))]
+    blocks += [Heading("Set-up"), Bullets(tuple(_setup(analysis))), *_text_table(analysis)]
+    blocks += [Heading("What did not finish"), Bullets(tuple(_failures(analysis)))]
+    blocks += [Heading("Provenance"), Bullets(tuple(_provenance(analysis))), tables.runs(analysis)]
+    return Document(
+        title=safe(analysis.record.question),
+        kicker=_kicker(analysis),
+        answer=verdict.headline(analysis),
+        facts=_facts(analysis),
+        blocks=tuple(blocks),
+    )
+
+
+def _some(table: Table | None) -> list[Block]:
+    return [table] if table is not None else []
+
+
+def _kicker(analysis: Analysis) -> str:
+    record = analysis.record
+    dates = [str(record.state[key])[:10] for key in ("started", "updated") if record.state.get(key)]
+    when = f", {' to '.join(dict.fromkeys(dates))}" if dates else ""
+    return f"Study `{safe(record.name)}`, {sum(run.finished for run in record.runs)} of {len(record.runs)} runs finished{when}"
+
+
+def _facts(analysis: Analysis) -> tuple[tuple[str, str], ...]:
+    unit = words.unit(analysis.metric)
+    seeds = sorted({len(v.values) for v in analysis.variants})
+    facts = [
+        ("Variants", f"{sum(not v.baseline for v in analysis.variants)} beside the baseline"),
+        ("Seeds", f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"),
+        ("Noise floor", "none" if analysis.floor is None else f"{analysis.floor:.{words.digits(analysis.floor)}f} {unit}"),
+        (
+            "Smallest effect shown 4 times of 5",
+            "none" if analysis.smallest is None else f"{analysis.smallest:.{words.digits(analysis.smallest)}f} {unit}",
+        ),
+    ]
+    return tuple(facts)
+
+
+def _notices(analysis: Analysis) -> list[Block]:
+    """What a reader must know before the answer."""
+    if not analysis.incomplete:
+        return []
+    said = [
+        f"{p.place}: {p.text}" if p.place != "study" else f"the study {p.text}" if not p.text.startswith("the ") else p.text
+        for p in analysis.incomplete
+    ]
+    more = f"; and {len(said) - MOST_HASHES} more, under *What did not finish*" if len(said) > MOST_HASHES else ""
+    return [
+        Notice(
+            f"This report is incomplete; what follows rests on what is there, and nothing was filled in. {safe('; '.join(said[:MOST_HASHES]))}{more}."
+        )
+    ]
+
+
+def _simulation(analysis: Analysis, picture: Any) -> list[Block]:
+    if not any(has_experts(run) for run in analysis.record.runs):
+        return [Text("No variant has routed experts: there is nothing to simulate.")]
+    said = (
         "The cluster is simulated: published measurements over M do not exist, so its curve over M rests on exact bytes and on "
         "measured bandwidths, not on a measured sweep."
-        if _has_routing(record)
-        else "No variant has routed experts: there is nothing to simulate.",
-        *_routing_section(record, drawn.get("expert-load", "")),
-        "## What matters",
-        drawn.get("importances", ""),
-        "\n".join(f"- Not shown. {sentence}" for sentence in missing),
-        "## Set-up",
-        _setup(record, base),
-        _text_table(record),
-        "## What did not finish",
-        _failures(record),
-        "## Provenance",
-        _provenance(record),
-    ]
-    return "\n\n".join(section for section in sections if section) + "\n"
+    )
+    return [*picture("simulated"), *_some(tables.limits(analysis)), Text(said)]
 
 
-def _has_routing(record: StudyRecord) -> bool:
-    return any(run.config.get("model", {}).get("moe") for run in record.runs)
+def _matched(analysis: Analysis) -> list[Block]:
+    asked = analysis.record.study.get("budget") or {}
+    base = analysis.baseline
+    reference = confounds.quantities(base.runs) if base else {}
+    equal, unequal = [], []
+    for name, label in confounds.QUANTITIES.items():
+        shares = [
+            found[name] / reference[name] - 1
+            for v in analysis.variants
+            if not v.baseline and reference.get(name) and name in (found := confounds.quantities(v.runs))
+        ]
+        if shares and max(map(abs, shares)) <= confounds.EQUAL:
+            equal.append(label)
+        elif shares:
+            unequal.append(f"{label} ({min(shares):+.0%} to {max(shares):+.0%})")
+    parts = [f"The study asked for equal {safe(str(asked.get('matched', 'budgets')).replace('_', ' '))}."]
+    parts.append(f"Equal within {confounds.EQUAL * 100:.0f} %: {words.join(equal)}." if equal else "Nothing that was recorded is equal within 2 %.")
+    if unequal:
+        parts.append(f"Not equal: {words.join(unequal)}.")
+    rows: dict[str, str] = {}
+    for run in analysis.record.runs:
+        kept = [f"{key.replace('_', ' ')} {_short(value)}" for key, value in run.matched.items() if not isinstance(value, dict)]
+        if run.retuned:
+            edge = ", at the edge of those tried: a better one may lie outside" if run.retuned.get("edge") else ""
+            kept.append(f"learning rate {_short(run.retuned.get('learning_rate'))} chosen by short runs{edge}")
+        if kept:
+            rows.setdefault(run.variant, ", ".join(kept))
+    items = tuple(f"{safe(variant)}: {safe(text)}" for variant, text in rows.items())
+    return [Text(" ".join(parts)), *([Bullets(items)] if items else [])]
 
 
-def _routing_section(record: StudyRecord, picture: str) -> list[str]:
-    if not _has_routing(record):
-        return []
-    return [
-        "## Who was routed where",
-        _routing_table(record),
-        "Of the last recorded training batch, mean over layers. Violation is (largest load - mean) / mean, dropped the share of (token, expert) "
-        "assignments over a device's capacity; simulated time is dispatch and combine of one layer, routed as the trained model routes held-out text.",
-        picture,
-    ]
+def _short(value: Any) -> str:
+    return f"{value:,.6g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def _safe(text: str) -> str:
-    """Text from outside, in which a `<` begins no markup."""
-    return text.replace("&", "&amp;").replace("<", "&lt;")
-
-
-def _state(record: StudyRecord) -> str:
-    done, planned = sum(run.finished for run in record.runs), record.state.get("planned")
-    if record.state.get("state") == "finished":
-        return f"Study `{record.study['name']}`: {done} runs, all finished."
-    when = f" at {record.state['updated']}" if record.state.get("state") == "running" and "updated" in record.state else ""
-    return f"> **This study has not finished cleanly.** State: {record.state.get('state', 'unknown')}{when}; {done} of {planned} runs finished. What follows rests on those."
-
-
-def _floor(base: Sequence[Run]) -> str:
-    floor = analysis.noise_floor(base, schema.BITS_PER_BYTE)
-    if floor is None:
-        return "The baseline has fewer than two finished seeds: there is no noise floor."
-    return f"Noise floor: the baseline's standard deviation over {sum(run.finished for run in base)} seeds is {floor:.4f} bits per byte."
-
-
-def _figure(figure: Figure) -> str:
-    return f"![{figure.alternative}](figures/{figure.name}.png)\n\n*{figure.caption}*"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(head)} |", f"|{'|'.join([':---'] + ['---:'] * (len(head) - 1))}|"]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
-
-
-def _plus(value: Estimate | None, digits: int = 4, *, sign: bool = False) -> str:
-    if value is None:
-        return "not recorded"
-    mean = f"{value.mean:+.{digits}f}" if sign else f"{value.mean:.{digits}f}"
-    if value.low is None or value.high is None:
-        return f"{mean} (one seed: no interval)"
-    return f"{mean} ± {(value.high - value.low) / 2:.{digits}f}"
-
-
-def _number(value: Estimate | None, form: str) -> str:
-    return "not recorded" if value is None else form.format(value.mean)
-
-
-def _intervals(record: StudyRecord) -> str:
-    """What the table's ± mean, as they were computed."""
-    text = "± is half a 95 % t-interval over seeds; differences are paired seed by seed."
-    if any(effect.pooled for effect in analysis.effects(record, schema.BITS_PER_BYTE).values()):
-        text += (
-            f" With fewer than {analysis.OWN_SPREAD} seeds a difference's interval takes its spread from all variants together (a block design: "
-            "variant + seed + noise of one size)."
+def _confounds(analysis: Analysis) -> list[str]:
+    found = []
+    explained: dict[str, list[str]] = {}
+    for d in analysis.differences:
+        text = f"{safe(d.variant)} has {safe(str(d.ours))}, the baseline {safe(str(d.theirs))}"
+        explained.setdefault(f"`{d.path}` ({d.why})" if d.why else f"**Confound:** `{d.path}` also differs", []).append(text)
+    for head, parts in explained.items():
+        more = f"; and {len(parts) - 6} more" if len(parts) > 6 else ""
+        found.append(f"{head}: {'; '.join(parts[:6])}{more}.")
+    if not any(not d.why for d in analysis.differences):
+        found.append(
+            "Resolved configurations differ from the baseline's only in the searched settings and the seed"
+            + (", and in what is said above." if found else ".")
         )
-    return text
-
-
-def _quality_table(record: StudyRecord) -> str:
-    head = [
-        "variant",
-        "seeds",
-        "bits per byte",
-        "difference to baseline",
-        "below order-2 model",
-        "KV bytes/token",
-        "activated parameters",
-        "tokens/s",
-    ]
-    rows = []
-    found = analysis.effects(record, schema.BITS_PER_BYTE)
-    for name, runs in record.variants.items():
-        loss, reference = (analysis.metric(runs, key) for key in (schema.BITS_PER_BYTE, schema.NGRAM_BITS_PER_BYTE))
-        rows.append(
-            [
-                name,
-                f"{sum(run.finished for run in runs)} of {len(runs)}",
-                _plus(loss),
-                "baseline" if runs[0].baseline else _plus(found.get(name), sign=True),
-                f"{1 - loss.mean / reference.mean:.1%}" if loss and reference else "not recorded",
-                _number(analysis.metric(runs, schema.KV_BYTES_PER_TOKEN), "{:,.0f}"),
-                _number(analysis.metric(runs, schema.ACTIVATED_PARAMETERS), "{:,.0f}"),
-                _number(analysis.metric(runs, schema.TOKENS_PER_SECOND), "{:,.0f}"),
-            ]
+    found += [f"**Confound:** {safe(text)}." for text in confounds.provenance_differences(analysis.record)]
+    seeds = {v.words: sorted(v.values) for v in analysis.variants}
+    if len({tuple(s) for s in seeds.values()}) > 1:
+        found.append(
+            "Not every variant has every seed: " + "; ".join(f"{name} {', '.join(map(str, s)) or 'none'}" for name, s in seeds.items()) + "."
         )
-    return _table(head, rows)
+    return found
 
 
-def _routing_table(record: StudyRecord) -> str:
-    columns = {
-        "devices/token": (schema.DISTINCT_DEVICES, "{:.2f}"),
-        "expert violation": (schema.EXPERT_VIOLATION, "{:.2f}"),
-        "device violation": (schema.DEVICE_VIOLATION, "{:.2f}"),
-        "dropped": (schema.DROPPED_SHARE, "{:.1%}"),
-    }
-    rows = []
-    for name, runs in record.variants.items():
-        time = analysis.metric(runs, schema.ALL_TO_ALL_SECONDS)
-        cells = [_number(analysis.metric(runs, key), form) for key, form in columns.values()]
-        rows.append([name, *cells, f"{time.mean * 1e6:,.0f}" if time else "not recorded"])
-    return _table(["variant", *columns, "simulated all-to-all (µs)"], rows)
-
-
-def _domain_table(record: StudyRecord) -> str:
-    prefix = f"{schema.BITS_PER_BYTE}/"
-    domains = sorted({key.removeprefix(prefix) for run in record.runs for key in run.metrics if key.startswith(prefix)})
-    if not domains:
-        return ""
-    rows = [[name, *(_plus(analysis.metric(runs, prefix + d), 3) for d in domains)] for name, runs in record.variants.items()]
-    return "Held-out bits per byte by domain:\n\n" + _table(["variant", *domains], rows)
-
-
-def _limit_table(record: StudyRecord) -> str:
-    base = next((run for run in record.runs if run.baseline and run.simulation), None)
-    if base is None:
-        return ""
-    rows = []
-    for limit, result in base.simulation["by_device_limit"].items():
-        cells = (result["dispatch_seconds"] * 1e6, result["combine_seconds"] * 1e6)
-        rows.append(
-            [
-                limit,
-                f"{result['distinct_devices_per_token']:.3f}",
-                *(f"{c:,.0f}" for c in cells),
-                f"{result['nvlink_bytes'] / 1e6:,.1f}",
-                f"{result['infiniband_bytes'] / 1e6:,.1f}",
-                result["dispatch"]["binds"],
-                f"GPU {result['dispatch']['straggler']}",
-            ]
+def _setup(analysis: Analysis) -> list[str]:
+    record, base = analysis.record, analysis.record.baseline
+    lines = []
+    config = next((run.config for run in base if run.config), None)
+    if config is None:
+        lines.append("The baseline's configuration was not recorded.")
+    else:
+        lines += _configured(config)
+    seeds = ", ".join(map(str, record.study["seeds"]))
+    lines.append(f"Seeds {seeds}: the same seed sees the same tokens in the same order in every variant.")
+    if cluster := record.study.get("cluster"):
+        lines.append(
+            f"Simulated cluster: {safe(str(cluster['file']))}, {cluster['nodes']} nodes of {cluster['gpus_per_node']} GPUs, "
+            f"{cluster['tokens_per_device']} tokens per GPU, "
+            f"hidden size {cluster['hidden_size']}, {cluster['dispatch_bits']}-bit dispatch and {cluster['combine_bits']}-bit combine."
         )
-    head = ["M", "devices/token", "dispatch (µs)", "combine (µs)", "NVLink MB (physical)", "InfiniBand MB (physical)", "what binds", "straggler"]
-    return f"The baseline's routing (seed {base.seed}) under every device limit:\n\n" + _table(head, rows)
+    sampler = (record.study.get("search") or {}).get("sampler", "one-factor")
+    space = "; ".join(
+        f"{safe(words.setting(path))} (`{path}`) {safe(str(choices if isinstance(choices, list) else dict(choices)))}"
+        for path, choices in record.study["space"].items()
+    )
+    lines.append(f"Search: {safe(str(sampler))} over {space}.")
+    if record.others:
+        lines.append(
+            f"{len(record.others)} short runs chose settings for others ({', '.join(sorted({r.role for r in record.others}))}); "
+            "they are no replicates."
+        )
+    return lines
 
 
-def _setup(record: StudyRecord, base: Sequence[Run]) -> str:
-    if not base or not base[0].config:
-        return "The baseline's configuration was not recorded."
-    config, cluster = base[0].config, record.study["cluster"]
+def _configured(config: dict[str, Any]) -> list[str]:
     model, data, training = config["model"], config["data"], config["training"]
     attention, moe = model["attention"], model["moe"]
     routed = (
-        f"{moe['n_routed_experts']} routed experts of width {moe['moe_intermediate_size']} on {moe['expert_devices']} virtual devices, {moe['num_experts_per_tok']} "
-        f"used per token, {moe['n_shared_experts']} shared, first {moe['first_k_dense_replace']} layer(s) dense"
+        f"{moe['n_routed_experts']} routed experts of width {moe['moe_intermediate_size']} on {moe['expert_devices']} virtual devices, "
+        f"{moe['num_experts_per_tok']} used per token, {moe['n_shared_experts']} shared, first {moe['first_k_dense_replace']} layer(s) dense"
         if moe
         else "no experts"
     )
@@ -222,85 +203,79 @@ def _setup(record: StudyRecord, base: Sequence[Run]) -> str:
         ramp_tokens=training.get("batch_ramp_tokens") or 0,
         multiple=training.get("micro_batch_size") or 1,
     )
-    tokens = schedule.tokens(schedule.steps)
-    lines = [
-        f"- Model: {model['num_hidden_layers']} layers of width {model['hidden_size']}, {attention['kind'].upper()} with {attention['num_attention_heads']} heads; {routed}.",
-        f"- Data: corpus `{data['corpus']}`, byte-level BPE of {data['tokenizer_vocab_size']} tokens, sequences of {data['sequence_length']}.",
-        f"- Budget: {tokens:,} tokens per run, matched by {record.study['budget']['matched']}; seeds {', '.join(map(str, record.study['seeds']))}. "
-        "The same seed sees the same tokens in the same order in every variant.",
-        f"- Simulated cluster: {cluster['file']}, {cluster['nodes']} nodes of {cluster['gpus_per_node']} GPUs, {cluster['tokens_per_device']} tokens per GPU, "
-        f"hidden size {cluster['hidden_size']}, {cluster['dispatch_bits']}-bit dispatch and {cluster['combine_bits']}-bit combine.",
-        f"- Search: {record.study['search']['sampler']} over "
-        + "; ".join(f"`{path}` {choices if isinstance(choices, list) else dict(choices)}" for path, choices in record.study["space"].items())
-        + ".",
-        f"- Confounds: {_confounds(record, base)}",
+    layers, width = model["num_hidden_layers"], model["hidden_size"]
+    return [
+        f"Baseline: {layers} layers of width {width}, {attention['kind'].upper()} with {attention['num_attention_heads']} heads; {routed}.",
+        f"Data: corpus `{data['corpus']}`, byte-level BPE of {data['tokenizer_vocab_size']} tokens, sequences of {data['sequence_length']}.",
+        f"Training: {schedule.tokens(schedule.steps):,} tokens in the baseline's runs.",
     ]
-    return "\n".join(lines)
 
 
-def _confounds(record: StudyRecord, base: Sequence[Run]) -> str:
-    """Settings that differ between a variant and the baseline although the space does not vary them."""
-    searched = set(record.study["space"])
-    reference = dict(_leaves(base[0].config))
-    unexpected = sorted({path for run in record.runs for path, value in _leaves(run.config) if reference.get(path) != value} - searched - {"seed"})
-    return (
-        f"also different between runs: {', '.join(unexpected)}."
-        if unexpected
-        else "resolved configurations differ only in the searched settings and the seed."
-    )
+def _text_table(analysis: Analysis) -> list[Block]:
+    """How much text of each domain there was."""
+    found = analysis.record.data.get("domains")
+    if not found:
+        return []
+    keys = ("train_bytes", "train_tokens", "heldout_bytes", "heldout_tokens")
+    rows: list[tuple[Cell, ...]] = [(safe(domain), *((f"{sizes[key]:,}", float(sizes[key])) for key in keys)) for domain, sizes in found.items()]
+    head = ("domain", "training bytes", "training tokens", "held-out bytes", "held-out tokens")
+    return [Table(name="text", caption="Text, of which a run sees its budget's share", head=head, rows=tuple(rows))]
 
 
-def _leaves(value: object, prefix: str = "") -> list[tuple[str, object]]:
-    if not isinstance(value, dict):
-        return [(prefix, value)]
-    return [leaf for key, item in value.items() for leaf in _leaves(item, f"{prefix}.{key}".lstrip("."))]
+def _failures(analysis: Analysis) -> list[str]:
+    record = analysis.record
+    rows = []
+    for run in record.runs:
+        kinds = [str(a["failure"]) for a in run.attempts if a.get("failure")]
+        kind = str(run.summary.get("failure") or (kinds[-1] if kinds else ""))
+        reason = f": {safe(str(run.reason).strip().splitlines()[-1])}" if run.reason and str(run.reason).strip() else ""
+        if not run.finished:
+            rows.append(
+                f"`{run.name}` ({safe(run.variant)}, seed {run.seed}): {safe(run.state)}"
+                f"{f' ({safe(kind)})' if kind and kind != run.state else ''}{reason}"
+            )
+        elif kinds:
+            rows.append(f"`{run.name}` ({safe(run.variant)}, seed {run.seed}): finished after {_counted(kinds)}")
+    rows += [f"{safe(p.place)}: {safe(p.text)}" for p in record.problems]
+    rows += [f"{safe(p.place)}: {safe(p.text)}" for p in analysis.incomplete if p not in record.problems and analysis.metric in p.text]
+    planned = record.state.get("planned") or 0
+    if planned > len(record.runs) and record.state.get("state") != "finished":
+        rows.append(f"{planned - len(record.runs)} planned runs were never started.")
+    return rows or ["Nothing: every planned run finished."]
 
 
-def _failures(record: StudyRecord) -> str:
-    rows = [
-        f"- `{run.name}` ({run.variant}, seed {run.seed}): {run.state}" + (f": {_safe(run.reason.strip().splitlines()[-1])}" if run.reason else "")
-        for run in record.runs
-        if not run.finished
-    ]
-    planned = record.state.get("planned", len(record.runs))
-    if planned > len(record.runs):
-        rows.append(f"- {planned - len(record.runs)} planned runs were never started.")
-    return "\n".join(rows) or "Nothing: every planned run finished."
+def _counted(kinds: Sequence[str]) -> str:
+    counts = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+    return ", ".join(f"{count} x {safe(kind)}" for kind, count in counts.items())
 
 
-def _data(record: StudyRecord) -> str:
-    if not record.data:
+def _data(record_data: dict[str, Any]) -> str:
+    if not record_data:
         return "not recorded"
-    hashes = record.data["identity"].get("archives") or record.data["identity"].get("files")
-    rows = [f"{_safe(Path(name).name)} `{value[:12]}`" for name, value in sorted(hashes.items())] if isinstance(hashes, dict) else []
+    identity = record_data.get("identity") or {}
+    hashes = identity.get("archives") or identity.get("files")
+    rows = [f"{safe(Path(name).name)} `{value[:12]}`" for name, value in sorted(hashes.items())] if isinstance(hashes, dict) else []
     more = f" and {len(rows) - MOST_HASHES} more" if len(rows) > MOST_HASHES else ""
     listed = f"; SHA-256 {', '.join(rows[:MOST_HASHES])}{more} (all in {schema.DATA_FILE})" if rows else ""
-    licences = ". Sources and licences: `python -m research data list`" if record.data["identity"].get("archives") else ""
-    return f"`{record.data['data_id']}`, corpus `{record.data['corpus']}`{listed}{licences}"
+    licences = ". Sources and licences: `python -m research data list`" if identity.get("archives") else ""
+    return f"`{record_data.get('data_id')}`, corpus `{record_data.get('corpus')}`{listed}{licences}"
 
 
-def _text_table(record: StudyRecord) -> str:
-    """How much text of each domain there was."""
-    if not record.data:
-        return ""
-    keys = ("train_bytes", "train_tokens", "heldout_bytes", "heldout_tokens")
-    rows = [[domain, *(f"{sizes[key]:,}" for key in keys)] for domain, sizes in record.data["domains"].items()]
-    return "Text, of which a run sees its budget's share:\n\n" + _table(
-        ["domain", "training bytes", "training tokens", "held-out bytes", "held-out tokens"], rows
-    )
-
-
-def _provenance(record: StudyRecord) -> str:
+def _provenance(analysis: Analysis) -> list[str]:
+    record = analysis.record
     commits = sorted({run.commit for run in record.runs})
     versions = ", ".join(f"{name} {value}" for name, value in sorted(record.state.get("versions", {}).items()))
-    devices = sorted({run.summary["device"] for run in record.runs if run.summary.get("device")})
-    ids = ", ".join(f"`{run.config_id}` ({run.name})" for run in record.runs)
-    lines = [
-        f"- Commit: {', '.join(commits) or 'not recorded'}",
-        f"- Versions: {versions or 'not recorded'}",
-        f"- Trained on: {'; '.join(devices) or 'not recorded'}",
-        f"- Configuration ids: {ids}",
-        f"- Data: {_data(record)}",
-        f"- Reproduce: `python -m sweeps run {schema.STUDY_FILE}` with the file of this name beside the report, then `python -m reports build {record.study['name']}`",
+    devices = sorted({str(run.summary["device"]) for run in record.runs if run.summary.get("device")})
+    seconds = sum(float(run.summary.get("seconds") or 0) for run in record.runs)
+    times = [
+        f"{word} {safe(str(record.state[key]))}" for key, word in (("started", "last started"), ("updated", "last written")) if record.state.get(key)
     ]
-    return "\n".join(lines)
+    return [
+        f"Commit: {safe(', '.join(commits)) or 'not recorded'}",
+        f"Versions: {safe(versions) or 'not recorded'}",
+        f"Trained on: {safe('; '.join(devices)) or 'not recorded'}; {seconds / 3600:,.2f} hours of training in all",
+        f"Times, of the store: {'; '.join(times) or 'not recorded'}",
+        f"Data: {_data(record.data)}",
+        f"Reproduce: `python -m sweeps run {schema.STUDY_FILE}` with the file of this name beside the report, "
+        f"then `python -m reports build {record.name}`",
+    ]
