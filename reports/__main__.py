@@ -103,6 +103,35 @@ def index(
         sys.exit(INCOMPLETE)
 
 
+@app.command()
+def claims(
+    study: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME|PATH", help="A study (root, YAML, name, or report folder) whose results fill the measured rows; repeatable"),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder to write to")] = Path("reports/generated/claims"),
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit code 1 if the page in --out is not what is computed now")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The rows as one JSON object")] = False,
+) -> None:
+    """The paper's claims, published beside recomputed: claims.html, claims.md, figures/, data/claims.csv; some fifteen seconds.
+
+    Example: python -m reports claims --study device_limit --json
+    """
+    from reports.claims import build as page  # noqa: PLC0415  (the simulators, which no other command needs)
+
+    found = page.claims(study or (), say=lambda text: print(f"{text} ...", file=sys.stderr))
+    for name in found.unused:
+        print(f"--study {name}: answers no claim (which rule a row is read by stands in its last column)", file=sys.stderr)
+    if check and (problems := page.differences(found, out)):
+        raise UserError(*problems)
+    if not check:
+        page.write(found, out)
+    if as_json:
+        print(json.dumps(found.to_dict(), ensure_ascii=False))
+    else:
+        print(f"{plain(found.document.answer)}\n" + (f"as in {out}" if check else f"page: {out / page.HTML}"))
+
+
 def _record(study: str, mlflow: str | None) -> tuple[StudyRecord, Path]:
     """The record, and the root that it has or would have."""
     root = places.study_root(study)

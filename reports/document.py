@@ -19,6 +19,8 @@ from reports.svg import svg
 
 TEMPLATES = Path(__file__).with_name("templates")
 _MARKDOWN = MarkdownIt("commonmark", {"html": False})
+LONG = 20
+"""Characters of a cell from which on its column wraps, in a table of prose."""
 Cell = str | tuple[str, float]
 """What is shown, with the number to sort by where the text does not say it."""
 
@@ -52,13 +54,14 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
-    """`name` is that of its files; `note` stands under it."""
+    """`name` is that of its files; `note` stands under it.  `prose`: cells hold sentences, so they wrap, and a phone shows rows as cards."""
 
     name: str
     caption: str
     head: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     note: str = ""
+    prose: bool = False
 
 
 Block = Heading | Text | Notice | Bullets | Picture | Table
@@ -168,17 +171,22 @@ def _html_chart(chart: Chart) -> str:
 
 
 def _html_table(table: Table) -> str:
-    head = "".join(f'<th scope="col"><button type="button">{inline(name)}</button></th>' for name in table.head)
+    wraps = {index for row in table.rows for index, cell in enumerate(row) if table.prose and index and len(shown(cell)) > LONG}
+    long = [' class="long"' if index in wraps else "" for index in range(len(table.head))]
+    head = "".join(f'<th scope="col"{long[i]}><button type="button">{inline(name)}</button></th>' for i, name in enumerate(table.head))
     rows = []
     for row in table.rows:
         cells = []
         for index, cell in enumerate(row):
             sort = f' data-sort="{cell[1]!r}"' if isinstance(cell, tuple) else ""
-            cells.append(f"<td{sort}>{inline(shown(cell))}</td>" if index else f'<th scope="row"{sort}>{inline(shown(cell))}</th>')
+            label = f' data-label="{escape(plain(table.head[index]))}"' if table.prose and shown(cell) else ""
+            text = inline(shown(cell))
+            cells.append(f"<td{sort}{long[index]}{label}>{text}</td>" if index else f'<th scope="row"{sort}>{text}</th>')
         rows.append(f"<tr>{''.join(cells)}</tr>")
     note = f'<p class="small">{inline(table.note)}</p>' if table.note else ""
+    kind = "table prose" if table.prose else "table"
     return (
-        f'<div class="table" tabindex="0" role="region" aria-label="{escape(plain(table.caption))}"><table id="table-{table.name}">'
+        f'<div class="{kind}" tabindex="0" role="region" aria-label="{escape(plain(table.caption))}"><table id="table-{table.name}">'
         f"<caption>{inline(table.caption)}</caption><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>{note}"
     )
 
