@@ -138,6 +138,6 @@ def test_a_trial_of_two_workers_starts_and_fails_together(sweeps_on_ray: Sweeps,
         assert ranks[0][0] != ranks[1][0], "two processes"
         assert {size for _, size, _ in ranks} == {"2"}
         assert len({address for *_, address in ranks}) == 1, "that know one address to meet at"
-    code, output = sweeps.call("run", study(seeds=[1], resources={"workers_per_trial": 3}, name="wide"), "--function", "standin:together")
+    code, output = sweeps.call("run", study(seeds=[1], resources={"workers_per_trial": 4}, name="wide"), "--function", "standin:together")
     assert code == 1
     assert "do not fit on 2 CPUs" in output
