@@ -44,7 +44,9 @@ def main(
     core = pin()
     found: dict[str, Any] = {
         "date": date.today().isoformat(),
-        "command": "make bench" if not quick else "python -m tests.bench --quick",
+        "command": " ".join(["python -m tests.bench", *(f"--only {part}" for part in only or []), *(["--quick"] if quick else [])])
+        if only or quick
+        else "make bench",
         "machine": _machine(),
         "core": core,
     }
@@ -71,7 +73,8 @@ def main(
         found["sims"] = _said(sims.measure_sims(rounds, quick))
     if "sweeps" in parts:
         found["sweeps"] = {"overhead": [_said(one) for one in sweeping.measure_overhead(quick)], **sweeping.measure_driver(quick)}
-    stem = f"cpu-{found['date']}{'-quick' if quick else ''}"
+    # A page of some parts takes no whole one's place.
+    stem = "-".join(["cpu", found["date"], *(only or []), *(["quick"] if quick else [])])
     write_text(out / f"{stem}.json", json.dumps(found, indent=1) + "\n")
     write_text(out / f"{stem}.md", render(found))
     print(json.dumps(found, indent=1) if as_json else f"{out / stem}.md")
