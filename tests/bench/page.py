@@ -135,7 +135,7 @@ def _sweeps(found: dict[str, Any]) -> list[str]:
         rows.append(
             (one["case"], one["system"], str(one["trials"]), f"{one['alone']:.1f}", seconds, share, f"{one['pause']:.2f}", f"{one['start']:.0f}")
         )
-    head = ("trial", "system", "trials", "its work alone, s", "around it, s", "share", "between two, s", "start, s")
+    head = ("trial", "system", "trials", "its work alone, s", "around it, s", "share", "pause, s", "stretched, s", "end, s", "start, s")
     memory, answers = sweeps["memory"], sweeps["answers"]
     resident = ", ".join(f"{int(size) / 2**20:,.0f} MiB after {int(n):,}" for n, size in memory["resident"].items())
     status = ", ".join(f"{seconds:.2f}" for seconds in answers["status_seconds"])
@@ -143,8 +143,9 @@ def _sweeps(found: dict[str, Any]) -> list[str]:
         "## Around the training of a study",
         "",
         "Matrix products of a fixed number on two workers, a TPE search. *Around*: both workers' time from the first trial's start to the end of",
-        "everything (with MLflow written, which Ray Tune has not), per trial, less the work as it takes alone on this machine before. *Start*: what it",
-        "took to the first trial.",
+        "everything (with MLflow written, which Ray Tune has not), per trial, less the work as two processes do it here with nobody beside them. It is",
+        "made of the *pause* between two trials of a worker, of what the work was *stretched* by, and of the *end* of the study, which is one for all",
+        "its trials. *Start*: what it took to the first trial.",
         "",
         *_table(head, rows),
         f"The driver holds {resident} trivial trials ({memory['bytes_per_trial'] / 1024:.1f} KiB per trial, Optuna's own copy of the journal included), and",
