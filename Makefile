@@ -37,7 +37,7 @@ check: .venv/installed ## ruff, format, types, imports between the rooms
 	$(BIN)/mypy
 	PYTHONPATH=. $(BIN)/lint-imports
 
-test: .venv/installed ## all tests, in two processes, fast ones first
+test: .venv/installed ## all tests, in three processes, fast ones first
 	$(BIN)/python -m tests
 
 bench: .venv/installed ## speed on one core beside transformers' and SimPy's (minutes; on a quiet machine), to a page in reports/benchmarks

@@ -81,7 +81,7 @@ def await_status(head: Head, submission: str, wanted: set[str]) -> str:
 
 
 def test_a_submitted_study_is_stopped_cleanly_and_the_next_job_goes_on(head: Head, study: StudyWriter, tmp_path: Path, sweeps: Sweeps) -> None:
-    sweeps.steer("slow", "0.1")
+    sweeps.steer("slow", "0.5")  # the study must not end before `ray job stop`, which takes seconds to start, has been heard
     path = study(seeds=[0])
     run_time = json.dumps({"env_vars": {"MOELAB_HOME": sweeps.environment["MOELAB_HOME"], "MOELAB_CACHE": sweeps.environment["MOELAB_CACHE"]}})
     folder = ["--working-dir", str(path.parent), "--runtime-env-json", run_time]
