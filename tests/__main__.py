@@ -35,7 +35,7 @@ def main() -> int:
     running = []
     try:
         for paths in others:
-            output = tempfile.TemporaryFile()
+            output = tempfile.TemporaryFile()  # noqa: SIM115  (it is written to as long as the process runs)
             process = subprocess.Popen([*command, "-p", "no:cacheprovider", *paths], stdout=output, stderr=subprocess.STDOUT)
             running.append((paths, process, output))
         codes = [subprocess.call([*command, *first])]
