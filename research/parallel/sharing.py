@@ -17,7 +17,5 @@ def sharing_problems(config: RunConfig, workers: int, expert_parallel: int) -> l
     sizes |= {"training.batch_ramp_from": training.batch_ramp_from}
     found = [f"{path} = {n}: must be a multiple of the {workers} workers of the run" for path, n in sizes.items() if n is not None and n % workers]
     if workers > 1 and moe is not None and moe.expert_devices % expert_parallel:
-        found.append(
-            f"model.moe.expert_devices = {moe.expert_devices}: must be a multiple of the {expert_parallel} workers that hold its experts"
-        )
+        found.append(f"model.moe.expert_devices = {moe.expert_devices}: must be a multiple of the {expert_parallel} workers that hold its experts")
     return found
