@@ -20,6 +20,11 @@ def run(world, parent, config, folder, stop_at=None, misbehave=None, witness=Fal
     return result.state, result.steps, metrics
 
 
+def run_each(world, parent, tasks):
+    """`run` of several (configuration, folder), one after the other: starting the processes is what takes longest."""
+    return [run(world, parent, config, folder) for config, folder in tasks]
+
+
 class Struck(Ledger):
     """A ledger that is not well: where a worker counts what it is about to send, it ends, sleeps or fails."""
 
