@@ -6,6 +6,7 @@ from typing import Any
 
 from reports.store import Run, StudyRecord
 from sweeps import schema
+from sweeps.variants import sets
 
 EQUAL = 0.02
 """Relative difference within which a quantity counts as held equal."""
@@ -54,6 +55,8 @@ def _reason(record: StudyRecord, run: Run, base: Run, path: str) -> str:
     matched = record.study.get("budget") or {}
     if path == matched.get("adjust") or path in _texts(run.matched) or path in _texts(base.matched):
         return "turned to match the budget"
+    if sets(record.study.get("variants") or {}, path):
+        return "set by the named variants"
     if path == "training.optimizer.learning_rate" and (run.retuned or record.study.get("retune")):
         return "tuned anew for each variant"
     return ""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from reports import words
+from reports import caches, words
 from reports.analysis import Analysis, Variant
 from reports.charts import COLOURS, Bars, Chart, Interval, Intervals, Lines, Point, Points, Series
 from reports.document import plain
@@ -20,6 +20,7 @@ def draw(analysis: Analysis) -> tuple[dict[str, Chart], dict[str, str]]:
         "effects": lambda: effects(analysis),
         "loss-curves": lambda: loss_curves(analysis, colours),
         "pareto": lambda: fronts(analysis, colours),
+        "caches": lambda: caches.chart(analysis, colours),
         "simulated": lambda: simulated(analysis),
         "distinct-devices": lambda: distinct_devices(analysis, colours),
         "expert-load": lambda: expert_load(analysis),

@@ -29,6 +29,7 @@ from reports.store import Problem, Run, StudyRecord, assemble, read_run
 from research.errors import DataError
 from research.schedule import batch_schedule
 from sweeps import schema
+from sweeps.variants import VARIANT
 
 for _logger in ("alembic", "mlflow"):
     logging.getLogger(_logger).setLevel(logging.ERROR)
@@ -158,7 +159,7 @@ def _about(tags: dict[str, str], settings: dict[str, Any], study: Path) -> dict[
         "variant": tags.get(schema.TAG_VARIANT, "unknown"),
         "seed": int(tags.get(schema.TAG_SEED, 0)),
         "baseline": tags.get(schema.TAG_BASELINE) == "true",
-        "parameters": {path: _at(settings, path) for path in space},
+        "parameters": {path: tags.get(f"{schema.TAG_PARAMETER}{path}") if path == VARIANT else _at(settings, path) for path in space},
         "config_id": tags.get(schema.TAG_CONFIG, "not recorded"),
         "commit": tags.get(schema.TAG_COMMIT, "not recorded"),
         "role": tags.get(schema.TAG_ROLE, "run"),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reports import confounds, tables, verdict, words
+from reports import caches, confounds, tables, verdict, words
 from reports.analysis import Analysis, has_experts
 from reports.charts import Chart
 from reports.document import Block, Bullets, Cell, Document, Heading, Notice, Picture, Table, Text, safe
@@ -28,7 +28,7 @@ def page(analysis: Analysis, charts: dict[str, Chart], missing: dict[str, str]) 
     blocks += [Heading("What this study can show"), Text(" ".join(verdict.floor_sentences(analysis))), *_some(tables.needs(analysis))]
     blocks += [Text(verdict.reference_sentence(analysis))]
     blocks += [Heading("Over training"), *picture("loss-curves"), *_some(tables.domains(analysis))]
-    blocks += [Heading("What it costs and what it saves"), *picture("pareto"), *_simulation(analysis, picture)]
+    blocks += [Heading("What it costs and what it saves"), *picture("pareto"), *_caches(analysis, picture), *_simulation(analysis, picture)]
     if any(has_experts(run) for run in analysis.record.runs):
         blocks += [Heading("Who was routed where"), tables.routing(analysis), *picture("distinct-devices")]
         blocks += [*picture("device-load"), *picture("expert-load")]
@@ -96,6 +96,11 @@ def _simulation(analysis: Analysis, picture: Any) -> list[Block]:
         "measured bandwidths, not on a measured sweep."
     )
     return [*picture("simulated"), *_some(tables.limits(analysis)), Text(said)]
+
+
+def _caches(analysis: Analysis, picture: Any) -> list[Block]:
+    found = caches.table(analysis)
+    return [] if found is None else [*picture("caches"), found]
 
 
 def _matched(analysis: Analysis) -> list[Block]:

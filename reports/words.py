@@ -7,6 +7,7 @@ from reports.document import safe
 from reports.statistics import Effect, Estimate
 from reports.store import Run
 from sweeps import schema
+from sweeps.variants import VARIANT
 
 SETTINGS = {
     "model.moe.device_limit": "M",
@@ -75,6 +76,8 @@ def unit(metric: str) -> str:
 def setting_value(path: str, value: Any, config: Mapping[str, Any]) -> str:
     """`M = 2`; no limit, and a limit of all devices, are both `unrestricted`."""
     moe = (config.get("model") or {}).get("moe") or {}
+    if path == VARIANT:
+        return safe(str(value))
     if path == "model.moe.device_limit" and (value is None or value == moe.get("expert_devices")):
         return "unrestricted (M = D)" if value is None else f"unrestricted (M = {value})"
     text = (

@@ -5,10 +5,7 @@ They are checked against the module itself on torch's meta device, to the last p
 
 import math
 
-from research.config import AttentionConfig, ModelConfig
-
-KV_BITS = (16, 8, 6, 4)
-"""Bits per element in which a cache can be kept; 16 is bfloat16 without a grid."""
+from research.config import KV_BITS, AttentionConfig, ModelConfig
 
 
 def attention_parameters(attention: AttentionConfig, hidden_size: int) -> int:
@@ -73,7 +70,10 @@ def kv_cache_bytes_per_token_stored(model: ModelConfig, bits: int) -> int:
     and to a whole group of codes (4 codes of 6 bits are 3 bytes), and has a step and an offset of 16 bits.
 
     A layer keeps two vectors for MLA (widths d_c and d_h^R) and two per head group otherwise (d_k and d_v).
+    ValueError for other `bits`.
     """
+    if bits not in KV_BITS:
+        raise ValueError(f"bits={bits}: no cache has this width; valid: {', '.join(map(str, KV_BITS))}")
     a = model.attention
     groups, widths = (1, (a.kv_lora_rank, a.qk_rope_head_dim)) if a.kind == "mla" else (a.key_value_heads, (a.qk_head_dim, a.v_head_dim))
     unit = math.lcm(bits, 8)

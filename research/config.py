@@ -15,6 +15,9 @@ from typing import Any, ClassVar, Literal
 
 from research.schedule import BatchSchedule, batch_schedule
 
+KV_BITS = (16, 8, 6, 4)
+"""Bits per element in which a cache can be kept; 16 is bfloat16 without a grid."""
+
 AttentionKind = Literal["mla", "mha", "gqa", "mqa"]
 Domain = Literal["en", "zh", "ko", "code", "math"]
 Activation = Literal["silu", "gelu", "relu"]
@@ -341,6 +344,8 @@ class TrainingConfig:
     validate_every: int = 200
     validation_tokens: int = 32768
     """Held-out tokens per domain (all there are, if fewer)."""
+    cache_bits: tuple[int, ...] = ()
+    """The held-out text is also predicted out of a cache of each of these widths at the end (16, 8, 6 or 4 bits per element)."""
     checkpoint_every: int = 200
     """Steps; one is also written at a stop and at the end."""
     checkpoint_seconds: float | None = 600.0
@@ -357,6 +362,11 @@ class TrainingConfig:
         for name in ("train_tokens", "batch_size", *every, "validation_tokens", "keep_checkpoints"):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be > 0")
         _require(self.checkpoint_seconds is None or self.checkpoint_seconds > 0, f"checkpoint_seconds={self.checkpoint_seconds} must be > 0 or null")
+        wrong = [bits for bits in self.cache_bits if bits not in KV_BITS]
+        _require(
+            not wrong, f"cache_bits={list(self.cache_bits)}: no cache has {wrong[0] if wrong else 0} bits; valid: {', '.join(map(str, KV_BITS))}"
+        )
+        _require(len(set(self.cache_bits)) == len(self.cache_bits), f"cache_bits={list(self.cache_bits)}: a width stands there twice")
         if self.micro_batch_size is not None:
             _require(
                 self.micro_batch_size > 0 and self.batch_size % self.micro_batch_size == 0,

@@ -15,7 +15,7 @@ from research.data import corpora
 from research.errors import ConfigError, DataError
 from research.presets import PRESETS
 from sims import load_cluster
-from sweeps import constraints, pruning, schema
+from sweeps import constraints, pruning, schema, variants
 from sweeps.budget import KNOBS, TOKENS, Budget
 from sweeps.check_cells import cell_problems
 from sweeps.definition import METRICS, Objective, Resources, Search, SimulatedCluster, Study, own_problems
@@ -32,7 +32,8 @@ def problems(mapping: Mapping[str, Any], source: str, *, here: bool = True) -> l
     found += [f"{source}: {p}" for p in _section_problems(mapping, here=here)]
     base, base_problems = _base(mapping, source)
     found += base_problems
-    found += [f"{source}: {p}" for p in _path_problems(_mapping(mapping, "space"), _mapping(mapping, "baseline"))]
+    found += [f"{source}: {p}" for p in variants.problems(mapping)]
+    found += [f"{source}: {p}" for p in _path_problems(_mapping(mapping, "space"), _mapping(mapping, "baseline"), _variants(mapping))]
     study = _readable(mapping) if base is not None else None
     if study is not None:
         found += [f"{source}: {p}" for p in cell_problems(study)]
@@ -196,9 +197,20 @@ def _data_problems(config: RunConfig, metrics: list[str], source: str) -> Iterab
             yield f"{source}: objectives.metric = {metric!r}: no domain of corpus {corpus!r}{configfile.nearest(domain, domains)}"
 
 
-def _path_problems(space: Mapping[str, Any], baseline: Mapping[str, Any]) -> Iterator[str]:
+def _variants(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that can be laid over the base."""
+    wrong = [problem.partition(" = ")[0].partition(":")[0] for problem in variants.problems(mapping)]
+    given = _mapping(mapping, "variants")
+    return {name: value for name, value in given.items() if isinstance(value, dict) and f"variants.{name}" not in wrong}
+
+
+def _path_problems(space: Mapping[str, Any], baseline: Mapping[str, Any], named: Mapping[str, Any]) -> Iterator[str]:
     """Paths that no run configuration has, values of the wrong type, conditions, and what space and baseline do not share."""
-    known = configfile.known_paths(RunConfig)
+    known = configfile.known_paths(RunConfig) + ([variants.VARIANT] if named else [])
+    choices = space.get(variants.VARIANT)
+    for name in choices if named and isinstance(choices, list) else ():
+        if isinstance(name, str) and name not in named:
+            yield f"space.{variants.VARIANT} = {name!r}: no such variant{configfile.nearest(name, named)}"
     for section, entries in (("space", space), ("baseline", baseline)):
         unknown = [path for path in entries if path not in known]
         yield from (f"{section}.{path} = {entries[path]!r}: no such setting{configfile.nearest(path, known)}" for path in unknown)
@@ -222,8 +234,13 @@ def _exists_in_baseline(entry: Any, baseline: Mapping[str, Any]) -> bool:
 def _readable(mapping: Mapping[str, Any]) -> Study | None:
     """The study of what is right by itself: wrong dimensions and sections are left out.  None if no baseline is left."""
     space, baseline = _mapping(mapping, "space"), _mapping(mapping, "baseline")
-    known = configfile.known_paths(RunConfig)
+    named = _variants(mapping)
+    known = configfile.known_paths(RunConfig) + ([variants.VARIANT] if named else [])
     shared = {path: entry for path, entry in space.items() if path in known and path in baseline}
+    if isinstance(names := shared.get(variants.VARIANT), list):
+        shared[variants.VARIANT] = [name for name in names if name in named]
+        if baseline[variants.VARIANT] not in shared[variants.VARIANT]:
+            return None
     right = {p: entry for p, entry in shared.items() if not any(dimension_problems(p, entry)) and not value_problem(p, baseline[p])}
     while bad := [p for p in right if any(where.startswith(f"space.{p}.when") for where, _ in condition_problems(right))]:
         right = {p: e for p, e in right.items() if p not in bad}
@@ -239,6 +256,7 @@ def _readable(mapping: Mapping[str, Any]) -> Study | None:
     seeds = mapping.get("seeds", [0])
     kept["seeds"] = seeds if isinstance(seeds, list) and not own_problems("x", "x", seeds, ["x"]) and all(isinstance(s, int) for s in seeds) else [0]
     whole = {"name": "study", "question": "?", "base": mapping["base"], "space": right, "baseline": {p: baseline[p] for p in right}, **kept}
+    whole["variants"] = named
     try:
         return configfile.validate(Study, whole, "study")
     except ConfigError:

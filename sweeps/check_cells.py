@@ -169,8 +169,14 @@ def _unrecorded(study: Study, configs: list[RunConfig]) -> Iterator[str]:
     wanted |= {f"constraints: {c.text!r}": c.metric for c in study.bounds if c.metric != constraints.DIVERGED and c.metric not in BEFORE_TRAINING}
     for where, metric in wanted.items():
         if any(not recorded_metrics(config, [metric]) for config in configs):
-            why = "a layer without routed experts" if "/layer_" in metric else "a model without routed experts"
-            yield f"{where}: not every run records it: {why} routes nothing"
+            why = (
+                "a width that is not in training.cache_bits"
+                if metric.startswith("cache/")
+                else "a layer without routed experts routes nothing"
+                if "/layer_" in metric
+                else "a model without routed experts routes nothing"
+            )
+            yield f"{where}: not every run records it: {why}"
 
 
 def notes(study: Study) -> list[str]:

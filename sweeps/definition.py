@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import yaml
 
 from research import configfile
+from research.accounting import KV_BITS
 from research.config import RunConfig
 from research.errors import ConfigError
 from sims import AllToAll
@@ -20,6 +21,7 @@ from sweeps.quantities import QUANTITIES
 from sweeps.retune import Retune, with_rate
 from sweeps.samplers import DESIGNED, DRAWN
 from sweeps.space import Entry, Range, coerced
+from sweeps.variants import VARIANT, laid_over
 
 __all__ = ["METRICS", "Objective", "Range", "Resources", "Search", "SimulatedCluster", "Study", "label", "own_problems", "short_name"]
 
@@ -27,6 +29,7 @@ _FORBID_UNKNOWN: Any = {"extra": "forbid", "allow_inf_nan": False}
 
 METRICS = sorted(value for name, value in vars(schema).items() if name.isupper() and isinstance(value, str) and value.split("/")[0] in
                  ("train", "routing", "validation", "model", "simulation", "reference", "parallel") and "/" in value)  # fmt: skip
+METRICS += [name.format(bits) for name in (schema.CACHE_BITS_PER_BYTE, schema.CACHE_BYTES_PER_TOKEN) for bits in KV_BITS]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,6 +136,8 @@ class Study:
     base: dict[str, Any]
     baseline: dict[str, Any]
     space: dict[str, Entry]
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Whole alternatives by name, each laid over `base`: the dimension `variant` of the space; see `sweeps.variants`."""
     search: Search = field(default_factory=Search)
     objectives: list[Objective] = field(default_factory=lambda: [Objective(metric=schema.BITS_PER_BYTE)])
     constraints: list[str] = field(default_factory=list)
@@ -158,22 +163,28 @@ class Study:
         return [parse(text, METRICS) for text in self.constraints]
 
     @cached_property
-    def _base_config(self) -> RunConfig | None:
-        """`base` without a cell; None where only a cell makes it possible."""
-        try:
-            return configfile.load_run_config(self.base)
-        except ConfigError:
-            return None
+    def _bases(self) -> dict[str | None, tuple[dict[str, Any], RunConfig | None]]:
+        """By variant (None: `base` itself): the mapping, and its configuration, None where only a cell makes it possible."""
+        found: dict[str | None, tuple[dict[str, Any], RunConfig | None]] = {}
+        mappings: list[tuple[str | None, dict[str, Any]]] = [(None, self.base)]
+        mappings += [(name, laid_over(self.base, over)) for name, over in self.variants.items()]
+        for name, mapping in mappings:
+            found[name] = (mapping, None)
+            with suppress(ConfigError):
+                found[name] = (mapping, configfile.load_run_config(mapping))
+        return found
 
     def unmatched_config(self, cell: Mapping[str, Any], seed: int) -> RunConfig:
         """The configuration that the file says; ConfigError if the cell is impossible."""
-        if self._base_config is not None:
+        mapping, base = self._bases[cell.get(VARIANT)]
+        settings = {path: value for path, value in cell.items() if path != VARIANT}
+        if base is not None:
             # A tenth of the time that reading the whole mapping anew takes; that is left to what is wrong, for its sentences.
             with suppress(ValueError):
-                config: RunConfig = with_values(self._base_config, {path: coerced(path, value) for path, value in cell.items()} | {"seed": seed})
+                config: RunConfig = with_values(base, {path: coerced(path, value) for path, value in settings.items()} | {"seed": seed})
                 return config
-        overrides = [f"{path}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}" for path, value in cell.items()]
-        return configfile.load_run_config({**self.base, "seed": seed}, f"study {self.name}, cell {label(cell, {})}", overrides)
+        overrides = [f"{path}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}" for path, value in settings.items()]
+        return configfile.load_run_config({**mapping, "seed": seed}, f"study {self.name}, cell {label(cell, {})}", overrides)
 
     def matched_config(self, cell: Mapping[str, Any], seed: int) -> tuple[RunConfig, Match | None]:
         """The configuration with its budget matched, and how well it is; ConfigError if the cell is impossible or cannot be."""
@@ -245,9 +256,11 @@ def own_problems(name: Any, question: Any, seeds: Any, metrics: list[Any]) -> li
 
 
 def label(cell: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
-    """A short readable name of a cell: what differs from the baseline, `baseline` if nothing does."""
+    """A short readable name of a cell: what differs from the baseline, `baseline` if nothing does; a named variant by its name."""
     parts = [
-        f"{short_name(path)}={'none' if value is None else value}" for path, value in cell.items() if path not in baseline or baseline[path] != value
+        str(value) if path == VARIANT else f"{short_name(path)}={'none' if value is None else value}"
+        for path, value in cell.items()
+        if path not in baseline or baseline[path] != value
     ]
     return ", ".join(parts) or "baseline"
 

@@ -30,7 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "wilcoxon": {"p_threshold": 0.1, "startup_seeds": 2},
 }
 """What each kind may be told, and its default; a resource of null is the first or the last record of the objective."""
-FINAL = ("simulation/", "model/", "reference/")
+FINAL = ("simulation/", "model/", "reference/", "cache/")
 """Metrics that a run has at its end alone."""
 BOUNDS = {
     "startup_trials": (1, math.inf),

@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from research.config import RunConfig
 from research.configfile import known_paths, nearest, validate
 from research.errors import ConfigError
+from sweeps.variants import VARIANT
 
 if TYPE_CHECKING:
     from sweeps.definition import Study
@@ -183,7 +184,9 @@ def _types(path: str) -> tuple[Any, ...]:
 
 
 def leaf_type(path: str) -> Any:
-    """The annotation at a dotted path of RunConfig; KeyError when there is no such leaf."""
+    """The annotation at a dotted path of RunConfig, a name for the variant; KeyError when there is no such leaf."""
+    if path == VARIANT:
+        return str
     owner: Any = RunConfig
     *parents, leaf = path.split(".")
     for part in parents:
@@ -253,7 +256,7 @@ def _choices_problems(where: str, path: str, value: Any) -> Iterator[tuple[str, 
 
 def condition_problems(space: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Conditions on what is not in the space, that can never hold, or that go round in a circle; entries are as in the file."""
-    known = known_paths(RunConfig)
+    known = [*known_paths(RunConfig), VARIANT]
     parents: dict[str, list[str]] = {}
     for path, entry in space.items():
         when = entry.get("when") if isinstance(entry, Mapping) else None

@@ -8,6 +8,7 @@ from research import configfile
 from research.errors import ConfigError
 from sweeps.check import problems
 from sweeps.definition import METRICS, Objective, Resources, Search, SimulatedCluster, Study, label, short_name
+from sweeps.variants import with_dimension
 
 __all__ = [
     "METRICS",
@@ -27,7 +28,7 @@ def load_study(path: str | Path, overrides: Iterable[str] = (), *, here: bool = 
 
     `here`: it is to run on this machine (not on a cluster that it is sent to), whose GPUs count.
     """
-    mapping = _overridden(configfile.read_yaml(path), overrides)
+    mapping = with_dimension(_overridden(configfile.read_yaml(path), overrides))
     found = problems(mapping, str(path), here=here)
     if found:
         raise ConfigError(*found)

@@ -17,6 +17,7 @@ from research.config import to_dict
 from research.configfile import load_run_config, read_yaml, set_path
 from research.errors import DataError, UserError
 from sweeps import schema
+from sweeps.variants import VARIANT, laid_over
 
 GENERATED = Path(__file__).resolve().parent.parent / "generated"
 """Committed reports."""
@@ -132,7 +133,11 @@ def _variants(study: dict[str, Any], rows: Sequence[dict[str, str]]) -> list[Tra
 
 def _model(study: dict[str, Any], settings: dict[str, Any]) -> Model:
     mapping = json.loads(json.dumps(study.get("base") or {}))
+    if VARIANT in settings:
+        mapping = laid_over(mapping, study["variants"][settings[VARIANT]])
     for path, value in settings.items():
+        if path == VARIANT:
+            continue
         if isinstance(mapping.get("model"), str) and path.startswith("model."):
             mapping["model"] = {"preset": mapping["model"]}
         set_path(mapping, path, value)

@@ -131,7 +131,7 @@ def train(
             break
     trace = routing_trace(model, config, data, at.snapshots, world) if state == "finished" and config.model.moe_layers else None
     if state == "finished":
-        at.metrics |= _yardstick(data, config, at.step, announce)
+        at.metrics |= _yardstick(data, config, at.step, announce) | _narrow_caches(model, config, data, world)
     return TrainingResult(
         state=state,
         reason=reason,
@@ -338,6 +338,16 @@ def _protected(config: RunConfig, step: int, batch_size: int) -> Tensor:
 
 def _validate(model: Transformer, config: RunConfig, data: PreparedData, world: World) -> dict[str, float]:
     return score_metrics(evaluate_domains(model, data, config.data, config.training.validation_tokens, world=world))
+
+
+def _narrow_caches(model: Transformer, config: RunConfig, data: PreparedData, world: World) -> dict[str, float]:
+    """The validation again, out of a cache of each width that is asked for, and what that cache takes."""
+    found = {}
+    for bits in config.training.cache_bits:
+        scores = evaluate_domains(model, data, config.data, config.training.validation_tokens, bits, world)
+        found[records.CACHE_BITS_PER_BYTE.format(bits)] = score_metrics(scores)[records.BITS_PER_BYTE]
+        found[records.CACHE_BYTES_PER_TOKEN.format(bits)] = float(accounting.kv_cache_bytes_per_token_stored(config.model, bits))
+    return found
 
 
 def _yardstick(data: PreparedData, config: RunConfig, steps: int, announce: Callable[[str], None]) -> dict[str, float]:

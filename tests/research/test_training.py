@@ -64,7 +64,7 @@ def test_names_are_those_of_the_schema():
 
 
 def test_it_learns_and_a_stopped_run_goes_on_to_the_bit(tmp_path):
-    config = small()
+    config = small(cache_bits=[16, 4])
     whole = train(config, tmp_path / "a", JsonlRecorder(tmp_path / "a" / "m.jsonl"), never)
     stopped = train(config, tmp_path / "b", JsonlRecorder(tmp_path / "b" / "m.jsonl"), lambda record: record.step >= 15)
     assert (stopped.state, stopped.steps) == ("stopped", 15)
@@ -79,6 +79,11 @@ def test_it_learns_and_a_stopped_run_goes_on_to_the_bit(tmp_path):
     assert list(whole.trace.steps) == [15, 30]
     assert whole.metrics[records.BITS_PER_BYTE] == resumed.metrics[records.BITS_PER_BYTE] < 5
     assert 0 < whole.metrics[records.DISTINCT_DEVICES] <= 3
+    full, wide, narrow = (whole.metrics[m] for m in (records.BITS_PER_BYTE, *(records.CACHE_BITS_PER_BYTE.format(bits) for bits in (16, 4))))
+    assert 0 < abs(wide - full) < abs(narrow - full) < 0.01
+    assert resumed.metrics[records.CACHE_BITS_PER_BYTE.format(4)] == narrow
+    assert whole.metrics[records.CACHE_BYTES_PER_TOKEN.format(16)] == whole.metrics[records.KV_BYTES_PER_TOKEN]
+    assert records.CACHE_BITS_PER_BYTE.format(8) not in whole.metrics
 
 
 def test_a_checkpoint_of_another_configuration_is_refused_with_the_difference(tmp_path):
