@@ -151,7 +151,12 @@ def _routed(model: Model) -> bool:
 
 def _finer(a: Trained, b: Trained) -> bool:
     same = all(_near(x, y) for x, y in zip(_widths(a.model), _widths(b.model), strict=True))
-    return same and family(a.model) == family(b.model) and a.model["moe"]["moe_intermediate_size"] < 0.6 * b.model["moe"]["moe_intermediate_size"] and _same_attention(a, b)
+    return (
+        same
+        and family(a.model) == family(b.model)
+        and a.model["moe"]["moe_intermediate_size"] < 0.6 * b.model["moe"]["moe_intermediate_size"]
+        and _same_attention(a, b)
+    )
 
 
 def _coarseness(a: Trained, b: Trained) -> float:
