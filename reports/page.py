@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reports import caches, confounds, tables, verdict, words
+from reports import caches, confounds, routing_effects, tables, verdict, words
 from reports.analysis import Analysis, has_experts
 from reports.charts import Chart
 from reports.document import Block, Bullets, Cell, Document, Heading, Notice, Picture, Table, Text, safe
@@ -30,7 +30,7 @@ def page(analysis: Analysis, charts: dict[str, Chart], missing: dict[str, str]) 
     blocks += [Heading("Over training"), *picture("loss-curves"), *_some(tables.domains(analysis))]
     blocks += [Heading("What it costs and what it saves"), *picture("pareto"), *_caches(analysis, picture), *_simulation(analysis, picture)]
     if any(has_experts(run) for run in analysis.record.runs):
-        blocks += [Heading("Who was routed where"), tables.routing(analysis), *picture("distinct-devices")]
+        blocks += [Heading("Who was routed where"), tables.routing(analysis), *routing_effects.blocks(analysis), *picture("distinct-devices")]
         blocks += [*picture("device-load"), *picture("expert-load")]
     blocks += [Heading("What matters"), *picture("importances")]
     blocks += [Heading("What was held equal"), *_matched(analysis), *_some(tables.budget(analysis)), Bullets(tuple(_confounds(analysis)))]
