@@ -5,6 +5,7 @@
 * the routing of every layer is returned, never left on a module.
 """
 
+import hashlib
 from functools import partial
 from typing import NamedTuple
 
@@ -138,11 +139,15 @@ class Transformer(nn.Module):
         return self.norm(x), routings
 
     def initialise(self, seed: int) -> "Transformer":
-        """All matrices from N(0, initializer_range), gains at 1 (V2 section 3.1.2); the same on every device."""
-        generator = torch.Generator().manual_seed(seed)
+        """All matrices from N(0, initializer_range), gains at 1 (V2 section 3.1.2); the same on every device.
+
+        Each has random numbers of its own, by `seed` and its name: models that differ in one part begin alike in all others, so
+        that variants of an ablation share more of a seed than its text.
+        """
         with torch.no_grad():
-            for parameter in self.parameters():
+            for name, parameter in self.named_parameters():
                 if parameter.ndim > 1:
+                    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]))
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * self.config.initializer_range)
                 else:
                     parameter.fill_(1.0)

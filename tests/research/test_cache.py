@@ -1,6 +1,7 @@
 """The cache: codes against a literal loop, widths against the closed form, unequal lengths against each prompt alone."""
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -218,15 +219,16 @@ def test_one_pass_through_a_packed_cache_is_decoding_token_by_token(kind, bits, 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_fewer_bits_are_further_from_full_precision(kind):
-    model, ids = model_of(kind), tokens(4, 24)
+    """About four times as far for two bits less, as the steps are: without experts, whose choice may jump at any width."""
+    model, ids = Transformer(replace(small(kind), moe=None)).initialise(0).eval(), tokens(4, 24)
     with torch.no_grad():
         full = model(ids).logits
         error = [
             float((model(ids, Cache.allocate(model.config, 4, 24, dtype=torch.float32, device="cpu", bits=b)).logits - full).square().mean().sqrt())
             for b in NARROW
         ]
-    assert error[0] * 2 < error[1]
-    assert error[1] * 2 < error[2]
+    assert error[0] * 2 < error[1] < error[0] * 6
+    assert error[1] * 2 < error[2] < error[1] * 6
 
 
 # ---- prompts of unequal length

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from research.configfile import load_run_config
 from research.model.transformer import Transformer, language_loss
 from research.presets import preset
 
@@ -73,3 +74,28 @@ def test_the_same_seed_is_the_same_model():
     one, two, other = (Transformer(config).initialise(seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not torch.equal(one["embed_tokens.weight"], other["embed_tokens.weight"])
+
+
+@pytest.mark.parametrize(
+    ("change", "free"),
+    [
+        ({"moe": {"n_routed_experts": 16}}, ("experts", "gate")),
+        ({"attention": {"kv_lora_rank": 24}}, ("kv_a", "kv_b")),
+        ({"moe": {"num_experts_per_tok": 2, "device_limit": 1}}, ()),
+        ({"attention": {"kind": "mha", "q_lora_rank": None}}, ("self_attn",)),
+    ],
+)
+def test_models_that_differ_in_one_part_begin_alike_in_all_others(change, free):
+    """Common random numbers: a variant of an ablation is compared with its baseline on the same seed."""
+    one, two = (
+        Transformer(load_run_config({"model": {"preset": "deepseek-v2-nano", **over}, "training": {"train_tokens": 512}}).model)
+        .initialise(4)
+        .state_dict()
+        for over in ({}, change)
+    )
+    alike = [name for name in one if name in two and one[name].shape == two[name].shape]
+    assert len(alike) > 5
+    assert all(torch.equal(one[name], two[name]) for name in alike if not any(part in name for part in free))
+    assert all(any(part in name for part in free) for name in {*one, *two} - set(alike))
+    matrices = [one[name].flatten()[:64] for name in one if one[name].ndim > 1]
+    assert len({tuple(m.tolist()) for m in matrices}) == len(matrices)  # no two share their numbers
