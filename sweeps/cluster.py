@@ -7,6 +7,7 @@ out-of-memory behind an ActorUnavailableError).
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -28,6 +29,8 @@ ANSWER_SECONDS = 0.5
 """So long a worker keeps a question if there is nothing to tell but progress."""
 BURY_SECONDS = 20.0
 RESIZE_SECONDS = 3.0
+GROUP_SECONDS = 15.0
+"""A group's own time-out comes first, since it knows whom it waited for and in which layer: it takes as long to say so and to end."""
 LONGER = 10.0
 """A run is given this many times the longest wait for progress that it has shown."""
 BAD_STARTS = 3
@@ -101,7 +104,7 @@ class RayExecutor:
     def start(self, job: Job) -> None:
         slot = next(slot for slot in self._slots if slot.state == "idle" and not slot.leaving)
         slot.state, slot.run = "busy", job.run
-        self._told.append(Event(run=job.run, kind="started", place=slot.members[0].place))
+        self._told.append(Event(run=job.run, kind="started", place=_place(slot)))
         share = self._gpus if 0 < self._gpus < 1 else 1.0
         groups: list[Group | None] = [None]
         if len(slot.members) > 1:
@@ -181,13 +184,14 @@ class RayExecutor:
         member.moving |= bool(answer.records)
         if answer.failure is not None or answer.summary is not None:
             member.ended = answer
-        elif answer.idle > self._patience(member, LONGER * answer.longest):
-            return self._lose(slot, Failure(kind=schema.HANG, text=f"no progress for {answer.idle:.0f} s; the worker was replaced"))
+        elif answer.idle > self._patience(slot, member, LONGER * answer.longest) + (answer.longest if len(slot.members) > 1 else 0.0):
+            return self._lose(slot, Failure(kind=schema.HANG, text=f"no progress for {answer.idle:.0f} s; {_who(slot, member)} was replaced"))
         run, first = slot.run, member is slot.members[0]
         found = [event for event in events(run, answer) if first and event.kind not in ("done", "failed")]
         failed = next((m.ended.failure for m in slot.members if m.ended is not None and m.ended.failure is not None), None)
-        if failed is not None and any(m.ended is None for m in slot.members):
-            return found + self._lose(slot, failed)  # the others of its group wait for it for ever
+        if failed is not None and len(slot.members) > 1:
+            # The others of its group wait for it for ever, and a process whose collective failed is not to be trusted with another.
+            return found + self._lose(slot, failed)
         if any(m.ended is None for m in slot.members):
             return found
         summary = slot.members[0].ended.summary if slot.members[0].ended is not None else None
@@ -198,9 +202,10 @@ class RayExecutor:
             return [*found, Event(run=run, kind="failed", failure=failed)]
         return [*found, Event(run=run, kind="done", summary=summary)]
 
-    def _patience(self, member: _Member, shown: float = 0.0) -> float:
+    def _patience(self, slot: _Slot, member: _Member, shown: float = 0.0) -> float:
         """Seconds without progress; a job that only begins imports libraries and makes its data."""
-        return max(self._resources.hang_seconds, shown, 0.0 if member.moving else START_SECONDS)
+        own = self._resources.hang_seconds + (GROUP_SECONDS if len(slot.members) > 1 else 0.0)
+        return max(own, shown, 0.0 if member.moving else START_SECONDS)
 
     def _overdue(self, slot: _Slot, member: _Member) -> list[Event]:
         """A question that was not answered in time."""
@@ -210,8 +215,8 @@ class RayExecutor:
         if slot.state == "lost" and waited > BURY_SECONDS:
             member.question = None
             return self._buried(slot, member, None)
-        if slot.state == "busy" and waited > min(POLL_SECONDS, self._patience(member)) + ANSWER_SECONDS:
-            return self._lose(slot, Failure(kind=schema.HANG, text=f"the worker has not answered for {waited:.0f} s; it was replaced"))
+        if slot.state == "busy" and waited > min(POLL_SECONDS, self._patience(slot, member)) + ANSWER_SECONDS:
+            return self._lose(slot, Failure(kind=schema.HANG, text=f"{_who(slot, member)} has not answered for {waited:.0f} s; it was replaced"))
         return []
 
     # --- losses -------------------------------------------------------------------------------------------------------------
@@ -372,6 +377,19 @@ class RayExecutor:
             count = self.workers
             self.close()
             raise ConfigError(f"resources: none of {count} workers started within {START_SECONDS:.0f} s; free: {held}; is another job running?")
+
+
+def _who(slot: _Slot, member: _Member) -> str:
+    return f"the worker of rank {slot.members.index(member)}" if len(slot.members) > 1 else "the worker"
+
+
+def _place(slot: _Slot) -> Place | None:
+    """Where a run is computed: of a group, its first worker's place with the hosts of all, such as "a (4), b (4)"."""
+    places = [member.place for member in slot.members if member.place is not None]
+    if len(places) < 2:
+        return places[0] if places else None
+    hosts = Counter((place.node, place.host) for place in places)
+    return replace(places[0], host=", ".join(f"{host} ({count})" for (_, host), count in hosts.items()))
 
 
 def _first_lines(error: BaseException) -> str:
