@@ -78,12 +78,18 @@ class RayExecutor:
         self._ray = ray
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         if not ray.is_initialized():
-            connect(ray, os.environ.get("RAY_ADDRESS"))
+            each = resources.workers_per_trial
+            connect(ray, os.environ.get("RAY_ADDRESS"), each * resources.cpus_per_worker if each > 1 else 1)
         self._resources, self._wanted, self._runs = resources, resources.workers, runs
         has_gpus = bool(ray.cluster_resources().get("GPU", 0.0))
         if resources.gpus == "required" and not has_gpus:
             raise ConfigError("resources.gpus = 'required': this Ray has no GPU; use gpus: auto, or a cluster that has some")
         self._gpus = resources.gpus_per_worker if has_gpus and resources.gpus != "none" else 0.0
+        if resources.workers_per_trial > 1 and self._gpus % 1:
+            raise ConfigError(
+                f"resources.gpus_per_worker = {self._gpus:g}: workers of one trial need GPUs of their own; must be a whole number with "
+                f"workers_per_trial = {resources.workers_per_trial}, or gpus: none"
+            )
         self._slots: list[_Slot] = []
         self._told: list[Event] = []
         self._bad_starts, self._ever_started, self._resized, self._late = 0, False, 0.0, 0
@@ -350,6 +356,8 @@ class RayExecutor:
         cpus = self._resources.cpus_per_worker
         variables = {"OMP_NUM_THREADS": str(cpus), "TOKENIZERS_PARALLELISM": "false"}
         variables |= {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+        if self._resources.gpus == "none":
+            variables["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides no GPU from a worker that asks for none
         options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": self._gpus, "max_restarts": 0, "runtime_env": {"env_vars": variables}}
         if placement is not None:
             strategy = self._ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy
