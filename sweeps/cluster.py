@@ -71,7 +71,8 @@ class RayExecutor:
     """
 
     def __init__(self, resources: Resources, runs: int) -> None:
-        if not os.environ.get("RAY_ADDRESS"):
+        self._local = not os.environ.get("RAY_ADDRESS")
+        if self._local:
             token_of_its_own()
         import ray  # noqa: PLC0415  (seconds; only a run that uses it pays)
 
@@ -376,7 +377,10 @@ class RayExecutor:
 
     def _await_workers(self) -> None:
         """Ray waits for ever for resources that never come; a person should not.  One worker is enough to begin with."""
-        deadline = time.monotonic() + START_SECONDS
+        asked = self._resources.workers_per_trial * self._resources.cpus_per_worker
+        # Workers that share cores also start one after the other.
+        seconds = START_SECONDS * max(1.0, asked / (os.cpu_count() or 1) if self._local else 1.0)
+        deadline = time.monotonic() + seconds
         while not self._ever_started and time.monotonic() < deadline:
             self._told += self.poll(0.2)
         if not self._ever_started:
@@ -384,7 +388,7 @@ class RayExecutor:
             held = ", ".join(f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind}s" for kind in ("CPU", "GPU"))
             count = self.workers
             self.close()
-            raise ConfigError(f"resources: none of {count} workers started within {START_SECONDS:.0f} s; free: {held}; is another job running?")
+            raise ConfigError(f"resources: none of {count} workers started within {seconds:.0f} s; free: {held}; is another job running?")
 
 
 def _who(slot: _Slot, member: _Member) -> str:
