@@ -8,6 +8,7 @@ from reports import caches, confounds, routing_effects, tables, verdict, words
 from reports.analysis import Analysis, has_experts
 from reports.charts import Chart
 from reports.document import Block, Bullets, Cell, Document, Heading, Notice, Picture, Table, Text, safe
+from reports.moved import moved
 from research.schedule import batch_schedule
 from sweeps import schema
 
@@ -29,6 +30,8 @@ def page(analysis: Analysis, charts: dict[str, Chart], missing: dict[str, str]) 
     blocks += [Text(verdict.reference_sentence(analysis))]
     blocks += [Heading("Over training"), *picture("loss-curves"), *_some(tables.domains(analysis))]
     blocks += [Heading("What it costs and what it saves"), *picture("pareto"), *_caches(analysis, picture), *_simulation(analysis, picture)]
+    if (table := moved(analysis)) is not None:
+        blocks += [Heading("What moved between workers"), table]
     if any(has_experts(run) for run in analysis.record.runs):
         blocks += [Heading("Who was routed where"), tables.routing(analysis), *routing_effects.blocks(analysis), *picture("distinct-devices")]
         blocks += [*picture("device-load"), *picture("expert-load")]

@@ -84,3 +84,17 @@ def _curve(cluster: dict[str, Any], nodes: int, chosen: int, trace: RoutingTrace
 def _with_chosen(trace: RoutingTrace, chosen: int) -> RoutingTrace:
     ids = select_experts(trace.scores, chosen, trace.expert_devices, None)
     return replace(trace, expert_ids=ids[None].astype(np.int16), steps=trace.steps[-1:], device_limit=None)
+
+
+def bytes_that_leave(trace: RoutingTrace, workers: int, hidden_size: int, precision: str) -> float:
+    """Bytes of a token that one dispatch in every layer sends to other workers, as the trace's text is routed at the end: by the function
+    that predicts the bytes of a run on real workers.  ValueError if the workers do not divide the trace's tokens."""
+    from sims.measured import ITEM_BYTES, predicted_traffic  # noqa: PLC0415  (as above)
+
+    ids = trace.expert_ids[-1]
+    _, tokens, chosen = ids.shape
+    if tokens % workers:
+        raise ValueError(f"{tokens} tokens of the trace: must be a multiple of {workers} workers")
+    width = hidden_size * ITEM_BYTES[precision]
+    found = [predicted_traffic(layer.reshape(workers, tokens // workers, chosen), workers, trace.n_routed_experts, width).logical for layer in ids]
+    return float(sum(matrix.sum() - matrix.trace() for matrix in found)) / tokens

@@ -29,7 +29,11 @@ class DiskFull(UserError):
 
 
 class CollectiveFailed(UserError):
-    """The workers of one run could not speak to each other: one is gone, or does not answer within the time limit."""
+    """The workers of one run could not speak to each other: one is gone, or (`timed_out`) does not answer within the time limit."""
+
+    def __init__(self, *problems: str, timed_out: bool = False) -> None:
+        super().__init__(*problems)
+        self.timed_out = timed_out
 
 
 class OutOfMemory(UserError):

@@ -39,6 +39,8 @@ class MeasuredRun:
     replicas: int
     device_limit: int | None
     steps: int
+    left_out: int
+    """Steps that were taken by another number of workers than the last one, or whose counts are not whole."""
     layers: int
     bytes_per_token: int
     phases: list[Phase]
@@ -52,7 +54,9 @@ class MeasuredRun:
         phases = [
             {"phase": p.name, "measured": p.measured, "predicted": p.predicted, "entries": p.entries, "different": p.different} for p in self.phases
         ]
-        plain = {name: getattr(self, name) for name in ("workers", "replicas", "device_limit", "steps", "layers", "bytes_per_token", "agrees")}
+        plain = {
+            name: getattr(self, name) for name in ("workers", "replicas", "device_limit", "steps", "left_out", "layers", "bytes_per_token", "agrees")
+        }
         return {**plain, "phases": phases}
 
 
@@ -70,19 +74,28 @@ def predicted_traffic(expert_ids: np.ndarray, workers: int, n_routed_experts: in
 
 
 def read_run(directory: Path) -> MeasuredRun:
-    """Compare every step, layer, source and destination.  DataError for a directory that lacks one of its files."""
+    """Compare every step, layer, source and destination.  DataError for a directory that lacks one of its files, or where one is damaged.
+
+    A run may have gone on with another number of workers: compared are the steps of the last one.
+    """
     for name in ("config.json", "traffic.jsonl", "routed"):
         if not (directory / name).exists():
             raise DataError(f"{directory / name}: is missing; a run of `python -m research train --workers D --witness` has it")
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    moe, counted, routed = config["model"]["moe"], read_traffic(directory / "traffic.jsonl"), read_routed(directory / "routed")
-    keys = sorted(key for key in routed if (*key, DISPATCH) in counted)
-    if not keys:
+    counted, routed = read_traffic(directory / "traffic.jsonl"), read_routed(directory / "routed")
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        moe, training = config["model"]["moe"], config["training"]
+        experts, limit = int(moe["n_routed_experts"]), moe["device_limit"]
+        width = config["model"]["hidden_size"] * ITEM_BYTES[training["precision"]]
+        # Activation checkpointing sends a block's tokens again when it is computed again; routed/ holds them twice, too.
+        again = 2 if training["activation_checkpointing"] == "blocks" else 1
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{directory / 'config.json'}: is not the configuration of a run with experts ({type(error).__name__}: {error})") from error
+    whole = [key for key in routed if all((*key, name) in counted for name in PAYLOAD) and len(routed[key]) == len(counted[*key, DISPATCH])]
+    if not whole:
         raise DataError(f"{directory}: traffic.jsonl and routed/ have no step in common")
-    ranks, workers = counted[(*keys[0], DISPATCH)].shape
-    width = config["model"]["hidden_size"] * ITEM_BYTES[config["training"]["precision"]]
-    # Activation checkpointing sends a block's tokens again when it is computed again; routed/ holds them twice, too.
-    again = 2 if config["training"]["activation_checkpointing"] == "blocks" else 1
+    ranks, workers = counted[*max(whole), DISPATCH].shape
+    keys = sorted(key for key in whole if counted[*key, DISPATCH].shape == (ranks, workers))
     ways = {DISPATCH: (False, 1), COMBINE: (True, 1), DISPATCH_BACKWARD: (True, again), COMBINE_BACKWARD: (False, again)}
     sums = {name: [0, 0, 0, 0] for name in PAYLOAD}
     matrices = {name: np.zeros((workers, workers), np.int64) for name in PAYLOAD}
@@ -90,7 +103,7 @@ def read_run(directory: Path) -> MeasuredRun:
         for replica in range(ranks // workers):
             rows = slice(replica * workers, (replica + 1) * workers)
             ids = routed[step, layer][rows]
-            there = predicted_traffic(ids, workers, moe["n_routed_experts"], width).logical
+            there = predicted_traffic(ids, workers, experts, width).logical
             for name, (turned, part) in ways.items():
                 wanted, found = (there.T if turned else there) // part, counted[step, layer, name][rows]
                 sums[name] = [a + b for a, b in zip(sums[name], (found.sum(), wanted.sum(), found.size, (found != wanted).sum()), strict=True)]
@@ -100,7 +113,14 @@ def read_run(directory: Path) -> MeasuredRun:
         measured, predicted, entries, different = map(int, sums[name])
         matrix = matrices[name]
         phases.append(Phase(name=name, measured=measured, predicted=predicted, entries=entries, different=different, measured_matrix=matrix))
-    steps, layers = len({s for s, _ in keys}), len({layer for _, layer in keys})
+    steps, layers = {step for step, _ in keys}, len({layer for _, layer in keys})
     return MeasuredRun(
-        workers=workers, replicas=ranks // workers, device_limit=moe["device_limit"], steps=steps, layers=layers, bytes_per_token=width, phases=phases
+        workers=workers,
+        replicas=ranks // workers,
+        device_limit=limit,
+        steps=len(steps),
+        left_out=len({step for step, _ in routed} - steps),
+        layers=layers,
+        bytes_per_token=width,
+        phases=phases,
     )

@@ -82,7 +82,9 @@ def plan(study: StudyFile, root: Root = None, overrides: Overrides = None, as_js
     from sweeps.study import load_study
 
     loaded = load_study(study, overrides or [])
-    workers = loaded.resources.workers if loaded.resources.workers != "auto" else max((os.cpu_count() or 1) // loaded.resources.cpus_per_worker, 1)
+    asked = loaded.resources
+    cpus = asked.cpus_per_worker * asked.workers_per_trial
+    workers = asked.workers if asked.workers != "auto" else max((os.cpu_count() or 1) // cpus, 1)
     planned = make_plan(loaded, _root(loaded, root), workers)
     if as_json:
         print(json.dumps(planned, indent=1))

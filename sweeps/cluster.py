@@ -7,6 +7,7 @@ out-of-memory behind an ActorUnavailableError).
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -28,6 +29,8 @@ ANSWER_SECONDS = 0.5
 """So long a worker keeps a question if there is nothing to tell but progress."""
 BURY_SECONDS = 20.0
 RESIZE_SECONDS = 3.0
+GROUP_SECONDS = 15.0
+"""A group's own time-out comes first, since it knows whom it waited for and in which layer: it takes as long to say so and to end."""
 LONGER = 10.0
 """A run is given this many times the longest wait for progress that it has shown."""
 BAD_STARTS = 3
@@ -68,19 +71,26 @@ class RayExecutor:
     """
 
     def __init__(self, resources: Resources, runs: int) -> None:
-        if not os.environ.get("RAY_ADDRESS"):
+        self._local = not os.environ.get("RAY_ADDRESS")
+        if self._local:
             token_of_its_own()
         import ray  # noqa: PLC0415  (seconds; only a run that uses it pays)
 
         self._ray = ray
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         if not ray.is_initialized():
-            connect(ray, os.environ.get("RAY_ADDRESS"))
+            each = resources.workers_per_trial
+            connect(ray, os.environ.get("RAY_ADDRESS"), each * resources.cpus_per_worker if each > 1 else 1)
         self._resources, self._wanted, self._runs = resources, resources.workers, runs
         has_gpus = bool(ray.cluster_resources().get("GPU", 0.0))
         if resources.gpus == "required" and not has_gpus:
             raise ConfigError("resources.gpus = 'required': this Ray has no GPU; use gpus: auto, or a cluster that has some")
         self._gpus = resources.gpus_per_worker if has_gpus and resources.gpus != "none" else 0.0
+        if resources.workers_per_trial > 1 and self._gpus % 1:
+            raise ConfigError(
+                f"resources.gpus_per_worker = {self._gpus:g}: workers of one trial need GPUs of their own; must be a whole number with "
+                f"workers_per_trial = {resources.workers_per_trial}, or gpus: none"
+            )
         self._slots: list[_Slot] = []
         self._told: list[Event] = []
         self._bad_starts, self._ever_started, self._resized, self._late = 0, False, 0.0, 0
@@ -101,7 +111,7 @@ class RayExecutor:
     def start(self, job: Job) -> None:
         slot = next(slot for slot in self._slots if slot.state == "idle" and not slot.leaving)
         slot.state, slot.run = "busy", job.run
-        self._told.append(Event(run=job.run, kind="started", place=slot.members[0].place))
+        self._told.append(Event(run=job.run, kind="started", place=_place(slot)))
         share = self._gpus if 0 < self._gpus < 1 else 1.0
         groups: list[Group | None] = [None]
         if len(slot.members) > 1:
@@ -181,13 +191,14 @@ class RayExecutor:
         member.moving |= bool(answer.records)
         if answer.failure is not None or answer.summary is not None:
             member.ended = answer
-        elif answer.idle > self._patience(member, LONGER * answer.longest):
-            return self._lose(slot, Failure(kind=schema.HANG, text=f"no progress for {answer.idle:.0f} s; the worker was replaced"))
+        elif answer.idle > self._patience(slot, member, LONGER * answer.longest) + (answer.longest if len(slot.members) > 1 else 0.0):
+            return self._lose(slot, Failure(kind=schema.HANG, text=f"no progress for {answer.idle:.0f} s; {_who(slot, member)} was replaced"))
         run, first = slot.run, member is slot.members[0]
         found = [event for event in events(run, answer) if first and event.kind not in ("done", "failed")]
         failed = next((m.ended.failure for m in slot.members if m.ended is not None and m.ended.failure is not None), None)
-        if failed is not None and any(m.ended is None for m in slot.members):
-            return found + self._lose(slot, failed)  # the others of its group wait for it for ever
+        if failed is not None and len(slot.members) > 1:
+            # The others of its group wait for it for ever, and a process whose collective failed is not to be trusted with another.
+            return found + self._lose(slot, failed)
         if any(m.ended is None for m in slot.members):
             return found
         summary = slot.members[0].ended.summary if slot.members[0].ended is not None else None
@@ -198,9 +209,10 @@ class RayExecutor:
             return [*found, Event(run=run, kind="failed", failure=failed)]
         return [*found, Event(run=run, kind="done", summary=summary)]
 
-    def _patience(self, member: _Member, shown: float = 0.0) -> float:
+    def _patience(self, slot: _Slot, member: _Member, shown: float = 0.0) -> float:
         """Seconds without progress; a job that only begins imports libraries and makes its data."""
-        return max(self._resources.hang_seconds, shown, 0.0 if member.moving else START_SECONDS)
+        own = self._resources.hang_seconds + (GROUP_SECONDS if len(slot.members) > 1 else 0.0)
+        return max(own, shown, 0.0 if member.moving else START_SECONDS)
 
     def _overdue(self, slot: _Slot, member: _Member) -> list[Event]:
         """A question that was not answered in time."""
@@ -210,8 +222,8 @@ class RayExecutor:
         if slot.state == "lost" and waited > BURY_SECONDS:
             member.question = None
             return self._buried(slot, member, None)
-        if slot.state == "busy" and waited > min(POLL_SECONDS, self._patience(member)) + ANSWER_SECONDS:
-            return self._lose(slot, Failure(kind=schema.HANG, text=f"the worker has not answered for {waited:.0f} s; it was replaced"))
+        if slot.state == "busy" and waited > min(POLL_SECONDS, self._patience(slot, member)) + ANSWER_SECONDS:
+            return self._lose(slot, Failure(kind=schema.HANG, text=f"{_who(slot, member)} has not answered for {waited:.0f} s; it was replaced"))
         return []
 
     # --- losses -------------------------------------------------------------------------------------------------------------
@@ -345,6 +357,8 @@ class RayExecutor:
         cpus = self._resources.cpus_per_worker
         variables = {"OMP_NUM_THREADS": str(cpus), "TOKENIZERS_PARALLELISM": "false"}
         variables |= {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+        if self._resources.gpus == "none":
+            variables["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides no GPU from a worker that asks for none
         options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": self._gpus, "max_restarts": 0, "runtime_env": {"env_vars": variables}}
         if placement is not None:
             strategy = self._ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy
@@ -363,7 +377,10 @@ class RayExecutor:
 
     def _await_workers(self) -> None:
         """Ray waits for ever for resources that never come; a person should not.  One worker is enough to begin with."""
-        deadline = time.monotonic() + START_SECONDS
+        asked = self._resources.workers_per_trial * self._resources.cpus_per_worker
+        # Workers that share cores also start one after the other.
+        seconds = START_SECONDS * max(1.0, asked / (os.cpu_count() or 1) if self._local else 1.0)
+        deadline = time.monotonic() + seconds
         while not self._ever_started and time.monotonic() < deadline:
             self._told += self.poll(0.2)
         if not self._ever_started:
@@ -371,7 +388,20 @@ class RayExecutor:
             held = ", ".join(f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind}s" for kind in ("CPU", "GPU"))
             count = self.workers
             self.close()
-            raise ConfigError(f"resources: none of {count} workers started within {START_SECONDS:.0f} s; free: {held}; is another job running?")
+            raise ConfigError(f"resources: none of {count} workers started within {seconds:.0f} s; free: {held}; is another job running?")
+
+
+def _who(slot: _Slot, member: _Member) -> str:
+    return f"the worker of rank {slot.members.index(member)}" if len(slot.members) > 1 else "the worker"
+
+
+def _place(slot: _Slot) -> Place | None:
+    """Where a run is computed: of a group, its first worker's place with the hosts of all, such as "a (4), b (4)"."""
+    places = [member.place for member in slot.members if member.place is not None]
+    if len(places) < 2:
+        return places[0] if places else None
+    hosts = Counter((place.node, place.host) for place in places)
+    return replace(places[0], host=", ".join(f"{host} ({count})" for (_, host), count in hosts.items()))
 
 
 def _first_lines(error: BaseException) -> str:

@@ -15,8 +15,11 @@ def token_of_its_own() -> None:
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
-def connect(ray: Any, address: str | None) -> None:
-    """To the cluster at `address` ($RAY_ADDRESS, which a Ray job has), else to a local one that ends with this process."""
+def connect(ray: Any, address: str | None, group_cpus: int = 1) -> None:
+    """To the cluster at `address` ($RAY_ADDRESS, which a Ray job has), else to a local one that ends with this process.
+
+    `group_cpus`: those of one trial's workers together, which on this machine alone may share cores if it has fewer.
+    """
     if address and address.startswith(("http://", "https://")):
         raise ConfigError(f"RAY_ADDRESS = {address!r}: is a dashboard's address, for `python -m sweeps submit`; `run` needs host:port or auto")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -25,6 +28,8 @@ def connect(ray: Any, address: str | None) -> None:
     if not address:
         # "local", not Ray's own guess: that is the last cluster that was started here, dead or alive.
         place = {"address": "local", "include_dashboard": False}
+        if group_cpus > (os.cpu_count() or 1):
+            place["num_cpus"] = group_cpus
     try:
         ray.init(**place, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:

@@ -16,7 +16,7 @@ from typing import Any
 
 from research.atomic import NO_ROOM, write_text
 from research.configfile import load_run_config
-from research.errors import ConfigError, DiskFull, OutOfMemory, UserError
+from research.errors import CollectiveFailed, ConfigError, DiskFull, OutOfMemory, UserError
 from sweeps import schema
 from sweeps.lease import lease
 from sweeps.trial import accepts
@@ -54,6 +54,8 @@ def classify(error: BaseException) -> Failure:
         return Failure(kind=schema.DISK, text=text)
     if any(isinstance(e, OSError) and e.errno == errno.ENOMEM for e in chain):
         return Failure(kind=schema.OUT_OF_MEMORY, text=text)
+    if lost := next((e for e in chain if isinstance(e, CollectiveFailed)), None):
+        return Failure(kind=schema.HANG if lost.timed_out else schema.DIED, text=text)  # a neighbour's end, not this worker's bug
     return Failure(kind=schema.BUG, text=text)
 
 

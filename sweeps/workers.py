@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from sweeps import schema, trial
 from sweeps.failures import Failure, classify
+from sweeps.system_metrics import load_psutil
 from sweeps.trial import Job
 
 RECORDS_KEPT = 64
@@ -75,10 +76,10 @@ class Worker:
         return self._place
 
     def address(self) -> str:
-        """host:port that is free now."""
+        """host:port that is free now, at which this node's neighbours reach it."""
         with socket.socket() as probe:
             probe.bind(("", 0))
-            return f"{socket.gethostbyname(self._place.host)}:{probe.getsockname()[1]}"
+            return f"{_reached_at()}:{probe.getsockname()[1]}"
 
     def start(self, job: Job) -> None:
         """Begin; `poll` says how it goes."""
@@ -86,6 +87,8 @@ class Worker:
         self._stop.clear()
         self._news.clear()
         self._progress, self._longest = time.monotonic(), 0.0
+        if job.group is not None:
+            listen_where_reached()
         threading.Thread(target=self._run, args=(job,), daemon=True, name=job.run).start()
 
     def _run(self, job: Job) -> None:
@@ -130,6 +133,23 @@ def _node() -> str:
     """Ray's name of the node that this process is an actor on; empty in a process of its own."""
     ray = sys.modules.get("ray")
     return str(ray.get_runtime_context().get_node_id()) if ray is not None and ray.is_initialized() else ""
+
+
+def _reached_at() -> str:
+    """The address by which Ray knows this node.  A host's name will not do: many a machine's own resolves to its loopback."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        return str(ray.util.get_node_ip_address())
+    return socket.gethostbyname(socket.gethostname())
+
+
+def listen_where_reached() -> None:
+    """Have gloo and nccl use the network interface of that address; left to themselves they go by the host's name, too."""
+    reached_at = _reached_at()
+    for interface, addresses in load_psutil().net_if_addrs().items():
+        if any(address.address == reached_at for address in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
 
 
 def _taken(queue: deque[Any]) -> list[Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 NO_TESTS = 5
 """pytest's exit code where nothing was selected."""
-ON_RAY = ("expert_parallel", "jobs", "nothing_lost", "nothing_lost_on_ray")
+ON_RAY = ("expert_parallel", "jobs", "nothing_lost", "nothing_lost_on_ray", "several_nodes")
 """Of tests/sweeps: those that start, kill and stop Rays."""
 
 

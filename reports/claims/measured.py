@@ -214,6 +214,7 @@ RULES: dict[str, Rule] = {
     "balance-expert-alone": _alone("expert", schema.EXPERT_VIOLATION),
     "balance-device-alone": _alone("device", schema.DEVICE_VIOLATION),
     "balance-communication-alone": _alone("communication", schema.BALANCE_COMMUNICATION),
+    "balance-communication-received": _alone("communication", schema.RECEIVED_VIOLATION),
     "mla-mha": _attention("mla", "mha"),
     "mla-gqa": _attention("mla", "gqa"),
     "mla-mqa": _attention("mla", "mqa"),

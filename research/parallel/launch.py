@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from research.errors import CollectiveFailed, UserError
+from research.errors import CollectiveFailed, ConfigError, UserError
 from research.parallel.world import World, join, leave
 
 TURN_SECONDS = 0.2
@@ -37,6 +38,7 @@ def run_workers(
     *,
     workers: int,
     expert_parallel: int | None = None,
+    device: str = "auto",
     timeout_seconds: float = 600.0,
     started: Callable[[list[int]], None] = lambda pids: None,
     listen: Callable[[Any], None] = lambda said: None,
@@ -44,9 +46,11 @@ def run_workers(
 ) -> list[Any]:
     """`work(world, parent, *arguments)` in `workers` new processes; what each returned, by rank.  See `Parent` for the last two.
 
+    ConfigError if there are GPUs, `device` is not cpu, and they are fewer than the workers.  They end with this process, however it ends.
     When one of them fails, the others are ended within seconds and its error is raised here (of several, one that is not about a
     collective, which is how the neighbours of the first see it); CollectiveFailed if one was killed.  `started` gets their process ids.
     """
+    backend = _backend(device, workers)
     context = multiprocessing.get_context("spawn")
     asked = context.Event()
     address = f"127.0.0.1:{free_port()}"
@@ -54,9 +58,14 @@ def run_workers(
     processes = []
     for rank in range(workers):
         ours, theirs = context.Pipe(duplex=False)
-        how = (rank, workers, address, expert_parallel, timeout_seconds)
+        how = (rank, workers, address, expert_parallel, timeout_seconds, backend)
         process = context.Process(target=_worker, args=(theirs, asked, how, work, arguments), daemon=True, name=f"worker-{rank}")
-        process.start()
+        # A worker leaves Ctrl-C to its parent from its first instruction on: the mask is inherited.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         pipes.append(ours)
         processes.append(process)
@@ -75,7 +84,7 @@ def run_workers(
             _collect(waiting, found, errors, listen, TURN_SECONDS)
     finally:
         for process in processes:
-            if errors or not found:
+            if len(found) < workers:
                 process.kill()
             process.join()
     if errors:
@@ -99,16 +108,16 @@ def _collect(
 
 
 def _worker(
-    pipe: Connection, asked: Event, how: tuple[int, int, str, int | None, float], work: Callable[..., Any], arguments: tuple[Any, ...]
+    pipe: Connection, asked: Event, how: tuple[int, int, str, int | None, float, str], work: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    rank, workers, address, parts, seconds = how
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    rank, workers, address, parts, seconds, backend = how
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(rank % torch.cuda.device_count())
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     world: World | None = None
     try:
-        world = join(rank, workers, address=address, expert_parallel=parts, timeout_seconds=seconds)
+        world = join(rank, workers, address=address, expert_parallel=parts, backend=backend, timeout_seconds=seconds)
         parent = Parent(lambda said: pipe.send(("said", said)), asked.is_set)
         message: tuple[str, Any] = ("result", work(world, parent, *arguments))
     except BaseException as error:
@@ -119,6 +128,24 @@ def _worker(
         leave()
     # gloo's threads abort a process that ends after a failed collective; all that matters has been sent.
     os._exit(0)
+
+
+def _backend(device: str, workers: int) -> str:
+    """nccl where there is a GPU for each worker, gloo where there is none, or none is to be used."""
+    if device == "cpu" or not torch.cuda.is_available():
+        return "gloo"
+    there = torch.cuda.device_count()
+    if workers > there:
+        raise ConfigError(f"--workers {workers}: each needs a GPU of its own and this machine has {there}; at most {there}, or --device cpu")
+    return "nccl"
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed cannot end its workers: they see to it themselves."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def free_port() -> int:

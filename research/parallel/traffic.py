@@ -92,10 +92,22 @@ class TrafficFile:
             for key, row in ledger.items():
                 joined[key].append(row.tolist())
         lines = [json.dumps({"step": s, "layer": layer, "phase": phase, "bytes": matrix}) for (s, layer, phase), matrix in sorted(joined.items())]
+        _remove_cut_line(self.path)
         with room_for(self.path, "the bytes that moved"), self.path.open("a", encoding="utf-8") as file:
             file.write("".join(line + "\n" for line in lines))
             file.flush()
             os.fsync(file.fileno())
+
+
+def _remove_cut_line(path: Path) -> None:
+    """A last line that a crash cut short would spoil the one behind it."""
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with path.open("rb+") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def write_routed(folder: Path, rows: Sequence[Mapping[tuple[int, int], list[np.ndarray]]]) -> None:

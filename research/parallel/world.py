@@ -151,14 +151,14 @@ class World:
         try:
             return collective()
         except RuntimeError as error:
-            raise CollectiveFailed(self._who_is_missing(name, error)) from error
+            timed_out = "imed out" in str(error) or "imeout" in str(error)
+            raise CollectiveFailed(self._who_is_missing(name, error, timed_out), timed_out=timed_out) from error
         finally:
             if self.training:
                 self.waited[name.partition(" of layer")[0]] += time.perf_counter() - began
 
-    def _who_is_missing(self, name: str, error: RuntimeError) -> str:
+    def _who_is_missing(self, name: str, error: RuntimeError, timed_out: bool) -> str:
         text = str(error).strip().splitlines()[0]
-        timed_out = "imed out" in text or "imeout" in text
         what = f"did not end within {self.timeout_seconds:g} s" if timed_out else "failed"
         where = f"rank {self.rank} of {self.size}: {name} of step {self.step} {what}"
         missing: list[int] = []
@@ -193,16 +193,27 @@ def join(
     """Meet the other workers at `address` (host:port, kept by rank 0) and agree on groups.
 
     backend: nccl with a GPU per worker, gloo otherwise.  expert_parallel: P, by default all workers; ConfigError if it does not
-    divide them.
+    divide them, CollectiveFailed if they do not meet within the time limit.
     """
     parts = expert_parallel or size
     if size % parts:
         raise ConfigError(f"expert_parallel={parts} must divide the {size} workers of the run")
     limit = timedelta(seconds=timeout_seconds)
-    if store is None:
-        host, _, port = address.rpartition(":")
-        store = dist.TCPStore(host, int(port), size, is_master=rank == 0, timeout=limit)
-    dist.init_process_group(backend or ("nccl" if torch.cuda.is_available() else "gloo"), store=store, rank=rank, world_size=size, timeout=limit)
+    try:
+        if store is None:
+            host, _, port = address.rpartition(":")
+            store = dist.TCPStore(host, int(port), size, is_master=rank == 0, timeout=limit)
+        backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+        experts, replica = _groups(rank, size, parts, limit)
+    except RuntimeError as error:
+        what = f"rank {rank} of {size}: the workers did not all meet at {address} within {timeout_seconds:g} s"
+        raise CollectiveFailed(f"{what} ({str(error).strip().splitlines()[0]})") from error
+    return World(rank, size, parts, timeout_seconds, experts, replica, dist.PrefixStore("moelab", store), Ledger(parts))
+
+
+def _groups(rank: int, size: int, parts: int, limit: timedelta) -> tuple[Any, Any]:
+    """Of this worker: those that share a replica's experts out, and those that hold the same ones."""
     experts = replica = None
     # Every worker takes part in making every group.
     for first in range(0, size, parts):
@@ -211,7 +222,7 @@ def join(
     for part in range(parts):
         group = dist.new_group(range(part, size, parts), timeout=limit)
         replica = group if rank % parts == part else replica
-    return World(rank, size, parts, timeout_seconds, experts, replica, dist.PrefixStore("moelab", store), Ledger(parts))
+    return experts, replica
 
 
 def leave() -> None:

@@ -56,6 +56,8 @@ def train(
     from research.training.loop import train as run  # noqa: PLC0415
     from research.training.records import JsonlRecorder, Record  # noqa: PLC0415
 
+    if witness and workers == 1:
+        raise typer.BadParameter("one process sends nothing; add --workers D (2 or more)", param_hint="--witness")
     prompts = prompt or ["The "]
     gather_prompts(prompts, None)
     mapping = read_yaml(model) if Path(model).suffix in (".yaml", ".yml") else _default_run(model)
@@ -87,6 +89,7 @@ def train(
                 (config, out, device, witness),
                 workers=workers,
                 expert_parallel=expert_parallel,
+                device=device,
                 timeout_seconds=collective_timeout,
                 listen=listen,
                 stop_asked=stop_asked,

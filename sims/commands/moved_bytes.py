@@ -27,7 +27,8 @@ def bytes_command(
     else:
         limit = found.device_limit or "unrestricted"
         table = Table("phase", "bytes counted", "bytes predicted", "entries", "of which differ")
-        table.title = f"{found.workers} workers x {found.replicas} replicas, M {limit}, {found.steps} steps, {found.layers} layers"
+        left_out = f", {found.left_out} of other workers or not whole left out" if found.left_out else ""
+        table.title = f"{found.workers} workers x {found.replicas} replicas, M {limit}, {found.steps} steps, {found.layers} layers{left_out}"
         for phase in found.phases:
             table.add_row(phase.name, f"{phase.measured:,}", f"{phase.predicted:,}", f"{phase.entries:,}", f"{phase.different:,}")
         console().print(table)

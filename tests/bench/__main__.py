@@ -13,11 +13,13 @@ import typer
 from research.atomic import write_text
 from research.benchmark.machine import describe_machine
 from research.model.kernels import native
-from tests.bench import decoding, moe, sims, sweeping, training
+from tests.bench import decoding, moe, parallel, parallel_page, sims, sweeping, training
 from tests.bench.common import pin
 from tests.bench.page import render
 
-PARTS = ("training", "workers", "moe", "decoding", "sweeps", "sims")
+PARTS = ("training", "workers", "moe", "decoding", "sweeps", "sims", "parallel")
+OTHERS = {"sims", "parallel"}
+"""Which measure no kernel of one core."""
 STEPS = [
     ("deepseek-v2-micro", 8, 256),
     ("deepseek-v2-micro", 2, 1024),
@@ -39,7 +41,7 @@ def main(
     if unknown:
         raise typer.BadParameter(f"{', '.join(unknown)}: no such part; valid: {', '.join(PARTS)}", param_hint="--only")
     parts = only or list(PARTS)
-    if native.library() is None and set(parts) - {"sims"}:
+    if native.library() is None and set(parts) - OTHERS:
         raise typer.BadParameter("the compiled kernels are not there, which is what is measured; a C compiler is needed")
     core = pin()
     found: dict[str, Any] = {
@@ -50,7 +52,7 @@ def main(
         "machine": _machine(),
         "core": core,
     }
-    if set(parts) - {"sims"}:
+    if set(parts) - OTHERS:
         found["peak_gflops"] = 2 * 1024**3 / training.product_seconds("N", "N", 1024, 1024, 1024) / 1e9
         found["read_bytes_per_second"] = decoding.bandwidth()
     rounds = 1 if quick else 5
@@ -73,10 +75,14 @@ def main(
         found["sims"] = _said(sims.measure_sims(rounds, quick))
     if "sweeps" in parts:
         found["sweeps"] = {"overhead": [_said(one) for one in sweeping.measure_overhead(quick)], **sweeping.measure_driver(quick)}
+    if "parallel" in parts:
+        found["parallel"] = parallel.measure_parallel(quick)
     # A page of some parts takes no whole one's place.
     stem = "-".join(["cpu", found["date"], *(only or []), *(["quick"] if quick else [])])
     write_text(out / f"{stem}.json", json.dumps(found, indent=1) + "\n")
-    write_text(out / f"{stem}.md", render(found))
+    write_text(out / f"{stem}.md", render(found, stem))
+    if "parallel" in found:
+        parallel_page.draw(found["parallel"], out / f"{stem}-parallel.png")
     print(json.dumps(found, indent=1) if as_json else f"{out / stem}.md")
 
 

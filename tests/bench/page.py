@@ -2,14 +2,15 @@
 
 from typing import Any
 
+from tests.bench.parallel_page import parallel
 from tests.bench.sims_page import sims
 
 TRAINING = {"transformers grouped_mm": 1.8, "transformers eager": 4.0}
 DECODING = {(1, 1024): 5, (1, 4096): 20, (1, 16384): 40, (1, 32768): 60, (8, 1024): 15, (8, 4096): 35}
 
 
-def render(found: dict[str, Any]) -> str:
-    """Markdown of what `tests.bench` found; parts that were not measured are not there."""
+def render(found: dict[str, Any], stem: str = "") -> str:
+    """Markdown of what `tests.bench` found; parts that were not measured are not there.  Figures are called `stem`-PART.png."""
     lines = [f"# One CPU core, {found['date']}", "", f"    {found['command']}", ""]
     lines += [f"* {key.replace('_', ' ')}: {value}" for key, value in found["machine"].items()]
     lines += [f"* one pinned thread on core {found['core']}" + _core(found), ""]
@@ -21,6 +22,8 @@ def render(found: dict[str, Any]) -> str:
     for part, form in (("training", _training), ("moe", _moe), ("decoding", _decoding), ("workers", _workers), ("sweeps", _sweeps), ("sims", sims)):
         if part in found:
             lines += form(found)
+    if "parallel" in found:
+        lines += parallel(found, f"{stem}-parallel.png")
     return "\n".join(lines)
 
 

@@ -2,9 +2,11 @@
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
+from research.parallel.launch import run_workers
 from research.parallel.traffic import COMBINE, Ledger
 from research.training.loop import train
 from research.training.records import JsonlRecorder, NoRecorder
@@ -25,6 +27,17 @@ def run_each(world, parent, tasks):
     return [run(world, parent, config, folder) for config, folder in tasks]
 
 
+def wait(world, parent, marks):
+    """Leave a mark with this process's id, and wait for longer than any test."""
+    (Path(marks) / f"rank-{world.rank}").write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def main(marks):
+    """Two workers that wait; what a test starts in order to end it."""
+    run_workers(wait, (marks,), workers=2)
+
+
 class Struck(Ledger):
     """A ledger that is not well: where a worker counts what it is about to send, it ends, sleeps or fails."""
 
@@ -40,3 +53,7 @@ class Struck(Ledger):
                 time.sleep(600)
             raise ValueError("a bug in the model")
         super().add(step, layer, phase, counts)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

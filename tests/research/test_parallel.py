@@ -2,6 +2,9 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -13,9 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 from research.errors import CollectiveFailed, ConfigError
+from research.parallel import launch
 from research.parallel.launch import run_workers
 from research.parallel.traffic import COMBINE, COMBINE_BACKWARD, DISPATCH, DISPATCH_BACKWARD, PAYLOAD, read_routed, read_traffic
-from research.parallel.world import ALONE, World
+from research.parallel.world import ALONE, World, join
 
 DROPPING = {"capacity_factor": 1.0, "undropped_sequences": 0.25, "expert_devices": 4, "device_limit": 2}
 FIFTY = {"precision": "float64", "micro_batch_size": 4, "train_tokens": 50 * 8 * 32, "validate_every": 25, "checkpoint_every": 25}
@@ -186,3 +190,42 @@ def test_what_cannot_be_shared_out_is_refused(text):
     assert "model.moe.expert_devices = 4" in str(caught.value)
     World(0, 4, 2).check(config)
     World(0, 2, 2).check(replace(config, model=replace(config.model, moe=None)))
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    """And Ctrl-C, which a terminal sends to all of them, is the parent's alone from their first instruction on."""
+    here = os.path.dirname(parallel_worker.__file__)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(os.path.dirname(here)), here])}
+    parent = subprocess.Popen([sys.executable, parallel_worker.__file__, str(tmp_path)], env=environment, start_new_session=True)
+    try:
+        until = time.monotonic() + 120
+        while len(marks := list(tmp_path.glob("rank-*"))) < 2 or not all(mark.read_text() for mark in marks):
+            assert time.monotonic() < until, "the workers have not started"
+            time.sleep(0.05)
+        pids = [int(mark.read_text()) for mark in marks]
+        for pid in pids:
+            os.kill(pid, signal.SIGINT)
+        time.sleep(0.5)
+        assert parent.poll() is None, "its workers took no notice"
+    finally:
+        parent.kill()
+        parent.wait()
+    until = time.monotonic() + 10
+    while alive := [pid for pid in pids if os.path.exists(f"/proc/{pid}")]:
+        assert time.monotonic() < until, f"orphans: {alive}"
+        time.sleep(0.05)
+
+
+def test_each_worker_has_a_gpu_of_its_own_or_none_has(monkeypatch):
+    assert launch._backend("auto", 8) == "gloo"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert launch._backend("cpu", 8) == "gloo"
+    assert launch._backend("auto", 2) == "nccl"
+    with pytest.raises(ConfigError, match="--workers 8: each needs a GPU of its own and this machine has 2; at most 2, or --device cpu"):
+        launch._backend("cuda", 8)
+
+
+def test_workers_that_do_not_meet_say_where_and_for_how_long():
+    with pytest.raises(CollectiveFailed, match=r"rank 1 of 2: the workers did not all meet at 127\.0\.0\.1:\d+ within 1 s"):
+        join(1, 2, address=f"127.0.0.1:{launch.free_port()}", timeout_seconds=1.0)

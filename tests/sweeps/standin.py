@@ -129,6 +129,24 @@ def together(config: Mapping[str, Any], directory: Path, report: Report, should_
     return _ended({LOSS: 1.0, BITS_PER_BYTE: bits_per_byte(config)})
 
 
+def hanging(config: Mapping[str, Any], directory: Path, report: Report, should_stop: Callable[[], bool], *, group: Group) -> dict[str, Any]:
+    """Trains for real; rank 1 sleeps once in the middle of a layer of step 8."""
+    from research.parallel import exchange
+
+    plan = exchange.plan
+
+    def slow(routing: Any, world: Any, per_worker: int, layer: int) -> Any:
+        if group.rank == 1 and world.training and world.step == 8 and _first(directory):
+            time.sleep(10_000)
+        return plan(routing, world, per_worker, layer)
+
+    exchange.plan = slow
+    try:
+        return run_trial(config, directory, report, should_stop, group=group)
+    finally:
+        exchange.plan = plan
+
+
 def _first_is_over(directory: Path) -> bool:
     """Whether the rank that was to die has come back, if it was to die."""
     return not _steered(directory.parent.parent / "bug", directory.name) or (directory / "struck").exists()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from conftest import Sweeps, await_
 from research.errors import ConfigError
 from research.parallel.traffic import DISPATCH, PAYLOAD, read_traffic
 from research.routing_trace import RoutingTrace
+from sweeps import schema
+from sweeps.failures import read_attempts
 from sweeps.study import load_study
 
 pytestmark = pytest.mark.slow
@@ -31,8 +34,9 @@ def parallel(study: StudyWriter, corpus: Path, tokens: int, workers: int, **chan
     data = {"corpus": "files", "paths": [str(corpus)], "tokenizer_vocab_size": 300, "sequence_length": 32}
     model = {**BASE["model"], **changes.pop("model", {})}
     base = {"model": model, "data": data, "training": {**BASE["training"], "train_tokens": tokens}}
+    resources = changes.pop("resources", {"workers_per_trial": workers})
     one = {"space": {"model.moe.device_limit": [3]}, "baseline": {"model.moe.device_limit": 3}, "seeds": [0]}
-    return study(base=base, resources={"workers_per_trial": workers}, **{**one, **changes})
+    return study(base=base, resources=resources, **{**one, **changes})
 
 
 def records(root: Path, run: str = "000-0") -> list[dict[str, float]]:
@@ -82,6 +86,20 @@ def test_a_member_that_is_killed_takes_its_group_with_it_and_the_run_ends_as_on_
         for name in ("train/loss", "train/balance_expert", "train/balance_device", "train/balance_communication"):
             assert our[name] == pytest.approx(wanted[name], rel=1e-4), (our["step"], name)
     assert not workers_of(session_home), "no orphans"
+
+
+def test_a_member_that_hangs_is_named_with_its_layer_and_the_run_goes_on(
+    sweeps_on_ray: Sweeps, study: StudyWriter, corpus: Path, session_home: Path
+) -> None:
+    """The group's own time-out comes before the driver's, which knows neither; no worker is left behind."""
+    sweeps, path = sweeps_on_ray, parallel(study, corpus, 20 * 4 * 32, 2, resources={"workers_per_trial": 2, "hang_seconds": 4.0})
+    code, output = sweeps.call("run", path, "--function", "standin:hanging", timeout=400)
+    assert code == 0, output
+    first, second = read_attempts(sweeps.root / "runs" / "000-0")
+    assert (first["failure"], first["charged"], second["state"]) == (schema.HANG, True, "finished")
+    assert re.search(r"rank 0 of 2: the counts of layer 1 of step 8 did not end within 4 s; it waited for rank 1", first["text"]), first["text"]
+    assert [r["step"] for r in records(sweeps.root)] == list(range(2, 21, 2))
+    await_(lambda: not workers_of(session_home), 20, "the end of all workers")
 
 
 def test_the_device_limit_bounds_the_bytes_that_move(sweeps_on_ray: Sweeps, study: StudyWriter, corpus: Path) -> None:

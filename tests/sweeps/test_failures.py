@@ -2,6 +2,7 @@
 
 import errno
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_driver import DyingExecutor, drive, optuna_trials, read
 
-from research.errors import ConfigError, DiskFull, OutOfMemory
+from research.errors import CollectiveFailed, ConfigError, DiskFull, OutOfMemory
 from sweeps import schema
 from sweeps.executors import InlineExecutor
 from sweeps.failures import MAX_TRIES, Attempts, Failure, classify, read_attempts, reset_runs
@@ -267,3 +268,11 @@ def test_state_and_memory_do_not_grow_with_the_runs(study: StudyWriter, local: P
     assert not driver.book.open, "every run is on disk"
     assert state["best"]["variant"] == "baseline"
     assert len(driver.book.unsent) == 450, "MLflow was away, and its names are kept"
+
+
+def test_a_neighbour_that_is_gone_or_hangs_is_no_bug_of_the_run() -> None:
+    """Otherwise a group whose other node lost its power is not tried again."""
+    assert classify(CollectiveFailed("rank 0 of 2: the combine of layer 1 of step 8 failed")).kind == schema.DIED
+    error = pickle.loads(pickle.dumps(CollectiveFailed("rank 0 of 2: the combine of layer 1 did not end within 5 s", timed_out=True)))
+    assert classify(error).kind == schema.HANG
+    assert "layer 1" in classify(error).text
