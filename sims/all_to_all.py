@@ -5,6 +5,7 @@ T1, the same in events, is `sims.events`; T2, several collectives on shared link
 
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from math import gcd
 from typing import Any, ClassVar
 
 import numpy as np
@@ -28,6 +29,8 @@ from sims.traffic import Dedup, Traffic, needed_devices, payload_bytes, traffic_
 __all__ = ["AllToAll", "Plan", "collective_seconds", "plan", "simulate", "streams"]
 
 BITS = (8, 16, 32)
+DEVICES = 8
+"""D of a question that does not say it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,8 +52,9 @@ class AllToAll:
     hidden_size: int = 5120
     n_routed_experts: int = 160
     num_experts_per_tok: int = 6
-    expert_devices: int = 8
-    """The model's D groups of experts, which `device_limit` counts; not the GPUs, unless there are as many."""
+    expert_devices: int | None = None
+    """The model's D groups of experts, which `device_limit` counts; not the GPUs, unless there are as many.  None: 8, or as many of them
+    as divide the experts evenly, where no limit counts them."""
     device_limit: int | None = None
     """M: a token's experts lie on at most so many of the D devices, those of the highest affinities."""
     node_limit: int | None = None
@@ -72,10 +76,10 @@ class AllToAll:
     draws: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("nodes", "gpus_per_node", "tokens_per_device", "hidden_size", "draws"):
+        for name in ("nodes", "gpus_per_node", "tokens_per_device", "hidden_size", "n_routed_experts", "num_experts_per_tok", "draws"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be >= 1")
-        for name in ("sms", "expert_parallel", "node_limit"):
+        for name in ("sms", "expert_parallel", "expert_devices", "node_limit"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value} must be >= 1, or null")
         if self.seed < 0:
@@ -91,10 +95,19 @@ class AllToAll:
             raise ValueError(f"oversubscription={self.oversubscription} must be >= 1")
         self._check_routing()
 
+    @property
+    def routing_devices(self) -> int:
+        """D, as given or as it follows from the experts."""
+        if self.expert_devices is not None:
+            return self.expert_devices
+        return gcd(self.n_routed_experts, DEVICES) if self.device_limit is None else DEVICES
+
     def _check_routing(self) -> None:
-        experts, devices, chosen, limit = self.n_routed_experts, self.expert_devices, self.num_experts_per_tok, self.device_limit
-        if min(experts, devices, chosen) < 1 or experts % devices:
-            raise ValueError(f"expert_devices={devices} must divide n_routed_experts={experts}, and num_experts_per_tok={chosen} be >= 1")
+        experts, devices, chosen, limit = self.n_routed_experts, self.routing_devices, self.num_experts_per_tok, self.device_limit
+        if experts % devices:
+            raise ValueError(f"expert_devices={devices} must divide n_routed_experts={experts}")
+        if chosen > experts:
+            raise ValueError(f"num_experts_per_tok={chosen} must lie in 1..{experts} (n_routed_experts)")
         if limit is not None and not 1 <= limit <= devices:
             raise ValueError(f"device_limit={limit} must lie in 1..{devices} (expert_devices), or be null for unrestricted")
         if chosen > (limit or devices) * (experts // devices):
@@ -183,8 +196,8 @@ def plan(spec: AllToAll, trace: RoutingTrace | None = None) -> Plan:
     if spec.expert_placement is None and experts % devices:
         warnings.append(f"n_routed_experts = {experts} over {devices} devices: does not come out even, some hold one expert more")
     if trace is not None:
-        said = ((name, getattr(trace, name), getattr(spec, name)) for name in ("n_routed_experts", "num_experts_per_tok", "expert_devices"))
-        warnings += [f"{name} = {asked}: the trace's {own} hold" for name, own, asked in said if own != asked]
+        asked = {"n_routed_experts": spec.n_routed_experts, "num_experts_per_tok": spec.num_experts_per_tok, "expert_devices": spec.routing_devices}
+        warnings += [f"{name} = {value}: the trace's {getattr(trace, name)} hold" for name, value in asked.items() if getattr(trace, name) != value]
     trace = routed(spec, where, trace)
     ids = trace.expert_ids[step_of(spec, trace)].reshape(-1, trace.num_experts_per_tok)
     counts, used = dealt(tokens_of(spec, devices), len(ids), spec.routing == "balanced")

@@ -7,11 +7,11 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from research.errors import ConfigError
 from research.terminal import console
 from sims.calibrate import FITTED, calibrate, write
 from sims.commands import app
 from sims.commands.question import AsJson
+from sims.outputs.files import check_target
 from sims.training import efficiency
 
 
@@ -26,8 +26,7 @@ def command(
     Residual: the fit against the point.  Left out: predicted from the other points only.  Both signed, positive is too slow.
     """
     path = out or FITTED
-    if not path.parent.is_dir():
-        raise ConfigError(f"--out {path}: the directory {path.parent} does not exist")
+    check_target(path, "--out")
     fitted = calibrate()
     if not dry_run:
         write(fitted, path)

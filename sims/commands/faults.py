@@ -30,7 +30,9 @@ from sims.faults.attribution import culprits
 from sims.serving.spec import model_config, model_mapping, overridden
 from sims.training.door import training_step_spec
 
-faults_app = typer.Typer(no_args_is_help=True, add_completion=False, help="Slow GPUs, degraded links, lost nodes: what they cost and who waits.")
+faults_app = typer.Typer(no_args_is_help=True, add_completion=False, help="""Slow GPUs, degraded links, lost nodes: what they cost and who waits.
+
+    Example: python -m sims faults waits --nodes 2 --slow 3=1.25 --nic 9=0.5 / python -m sims faults goodput --nodes 256""")  # fmt: skip
 app.add_typer(faults_app, name="faults")
 
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="field=value; wins over the options")]

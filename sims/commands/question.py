@@ -133,9 +133,17 @@ def _placement(given: str) -> dict[str, Any]:
     mapping = read_yaml(given)
     if unknown := sorted(set(mapping) - {"devices", "experts"}):
         raise ConfigError(f"{given}: {unknown[0]} = {mapping[unknown[0]]!r}: unknown key; valid: devices, experts")
-    found = {}
-    if "devices" in mapping:
-        found["placement"] = mapping["devices"]
-    if "experts" in mapping:
-        found["expert_placement"] = mapping["experts"]
-    return found
+    for key, least, what in (("devices", 2, "a [node, gpu] pair for each device of the group"), ("experts", 0, "the device of each expert")):
+        if key in mapping:
+            _check_list(f"{given}: {key}", mapping[key], least, what)
+    return {field: mapping[key] for key, field in (("devices", "placement"), ("experts", "expert_placement")) if key in mapping}
+
+
+def _check_list(where: str, value: Any, pair: int, what: str) -> None:
+    """ConfigError for the first entry that is no whole number or, where `pair` is 2, no pair of them."""
+    if not isinstance(value, list) or not value:
+        raise ConfigError(f"{where} = {value!r}: must be a list with {what}")
+    for i, entry in enumerate(value):
+        numbers = entry if pair and isinstance(entry, list) else [entry]
+        if (pair and (numbers is not entry or len(numbers) != pair)) or any(type(number) is not int for number in numbers):
+            raise ConfigError(f"{where}.{i} = {entry!r}: must be {'[node, gpu], two whole numbers' if pair else 'a whole number'}")

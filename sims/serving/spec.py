@@ -1,7 +1,7 @@
 """The question: this model, with these requests, on these nodes."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -119,7 +119,7 @@ def overridden(mapping: Mapping[str, Any], overrides: Iterable[str], cls: type, 
     ConfigError for a name that is none, with the nearest that is.
     """
     known = {name.split(".")[0] for name in known_paths(cls)}
-    experts, given = MoEConfig.__dataclass_fields__, list[str]()
+    experts, given = [field.name for field in fields(MoEConfig)], list[str]()
     values = dict(mapping)
     for override in overrides:
         path, equals, value = override.partition("=")
@@ -134,7 +134,7 @@ def overridden(mapping: Mapping[str, Any], overrides: Iterable[str], cls: type, 
         elif plain in experts:
             given.append(f"model.moe.{plain}={value}")
         else:
-            choices = [*known_paths(cls), *experts, *(f"model.{each}" for each in known_paths(ModelConfig))]
+            choices = {*known_paths(cls), *experts, *(f"model.{each}" for each in known_paths(ModelConfig))}
             raise ConfigError(f"{source}: --set {name} = {value!r}: unknown key{nearest(name, choices)}")
     return apply_overrides(values, given)
 

@@ -24,7 +24,7 @@ class TrainingStep:
     1,024 GPUs; on how many it was trained, and whether the 8 GPUs of a layer share a node, is not published.
     """
 
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "allow_inf_nan": False}
 
     model: ModelConfig = field(default_factory=deepseek_v2)
     cluster: str = "h800"
