@@ -3,7 +3,7 @@
 T1, the same in events, is `sims.events`; T2, several collectives on shared links, is `sims.sharing`.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from math import gcd
 from typing import Any, ClassVar
@@ -13,10 +13,11 @@ import numpy as np
 from research.errors import ConfigError
 from research.routing_trace import RoutingTrace
 from sims.cluster import Cluster, Network, load_cluster
-from sims.collective import collective_seconds, gpu_seconds, latency_seconds, notify_seconds, streams
+from sims.collective import Speed, collective_seconds, gpu_seconds, latency_seconds, notify_seconds, streams
 from sims.constants import Constants, load_constants, outside
 from sims.events import play, step
 from sims.formulas import formulas
+from sims.links import check_links, link_speed
 from sims.placement import NAMES, Placement, place
 from sims.pool import dealt, routed, step_of, tokens_of
 from sims.quantiles import Quantiles
@@ -37,7 +38,7 @@ DEVICES = 8
 class AllToAll:
     """The question: this much work, on these nodes.  Without a trace the routing is made up (`routing`)."""
 
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "allow_inf_nan": False}
 
     cluster: str = "h800"
     nodes: int = 1
@@ -69,6 +70,12 @@ class AllToAll:
     """SMs that work on communication; None: the cluster's."""
     network: Network | None = None
     oversubscription: float | None = None
+    nic: dict[int, float] = field(default_factory=dict)
+    """Device of the group -> share of its NIC's bandwidth that is left; where there are several groups, of the first."""
+    nvlink: dict[int, float] = field(default_factory=dict)
+    """Device of the group -> share of its NVLink bandwidth that is left."""
+    constants: dict[str, float] = field(default_factory=dict)
+    """Calibrated constant -> value that it has in every draw: a what-if."""
     routing: str = "random"
     step: int = -1
     """The snapshot of a trace."""
@@ -155,6 +162,12 @@ class Plan:
     expert_load: np.ndarray
     """int64 (E,): token-expert pairs of the group."""
     warnings: list[str]
+    links: Speed | None = None
+    """What is left of the links of the group's GPUs, where some are degraded."""
+
+    def load_constants(self, draws: int | None = None) -> Constants:
+        """Of the question; `draws` in place of its own."""
+        return load_constants(self.cluster, self.spec.draws if draws is None else draws, self.spec.constants)
 
     @cached_property
     def combine(self) -> Traffic:
@@ -220,14 +233,24 @@ def plan(spec: AllToAll, trace: RoutingTrace | None = None) -> Plan:
         dispatch=traffic_of(counts, needed, where, down, dedup=spec.dedup, chosen=chosen),
         expert_load=np.rint(load).astype(np.int64),
         warnings=warnings,
+        links=_links(spec, devices),
     )
+
+
+def _links(spec: AllToAll, devices: int) -> Speed | None:
+    """None where all links are healthy."""
+    try:
+        check_links(spec.nic, spec.nvlink, devices)
+    except ValueError as error:
+        raise ConfigError(f"all-to-all: {error}") from error
+    return link_speed(devices, spec.nic, spec.nvlink) if spec.nic or spec.nvlink else None
 
 
 @simulate.register
 def _(spec: AllToAll, trace: RoutingTrace | None = None) -> Result:
     """Seconds, bytes and straggler of one layer's all-to-all, forward and backward (`sims.simulate`)."""
     planned = plan(spec, trace)
-    return answer(planned, load_constants(planned.cluster, spec.draws))
+    return answer(planned, planned.load_constants())
 
 
 def answer(planned: Plan, constants: Constants) -> Result:
@@ -236,7 +259,7 @@ def answer(planned: Plan, constants: Constants) -> Result:
     sms = float(spec.sms if spec.sms is not None else cluster.communication_sms.value)
     forward = {"dispatch": planned.dispatch, "combine": planned.combine}
     moves = {
-        name: move(traffic, cluster, constants, sms=sms, experts=trace.n_routed_experts, notify=name == "dispatch")
+        name: move(traffic, cluster, constants, sms=sms, experts=trace.n_routed_experts, notify=name == "dispatch", speed=planned.links)
         for name, traffic in (*forward.items(), ("backward_combine", planned.backward_combine), ("backward_dispatch", planned.backward_dispatch))
     }
     load, tokens, size = planned.copies, float(planned.counts.sum(dtype=np.float64)), planned.dispatch.bytes_per_token
@@ -291,9 +314,9 @@ def query(planned: Plan, sms: float) -> dict[str, Any]:
     }
 
 
-def move(traffic: Traffic, cluster: Cluster, constants: Constants, *, sms: float, experts: int, notify: bool) -> Move:
+def move(traffic: Traffic, cluster: Cluster, constants: Constants, *, sms: float, experts: int, notify: bool, speed: Speed | None = None) -> Move:
     """One direction in time, by the closed form."""
-    found = streams(traffic, cluster, constants, sms=sms)
+    found = streams(traffic, cluster, constants, sms=sms, speed=speed)
     by_gpu = gpu_seconds(found, constants)
     seconds = latency_seconds(traffic, cluster, constants) + by_gpu.max(1)
     straggler = int(by_gpu[0].argmax())
@@ -343,5 +366,9 @@ def _group(spec: AllToAll, experts: int) -> tuple[int, list[str]]:
 def timeline(planned: Plan, constants: Constants, sms: float) -> Timeline:
     """Notify, dispatch and combine of the forward pass in events (T1), the experts' own time left out."""
     moves = (("dispatch", planned.dispatch, True), ("combine", planned.combine, False))
-    steps = [step(name, traffic, planned.cluster, constants, sms=sms, notify=notify) for name, traffic, notify in moves if traffic.moves]
+    steps = [
+        step(name, traffic, planned.cluster, constants, sms=sms, notify=notify, speed=planned.links)
+        for name, traffic, notify in moves
+        if traffic.moves
+    ]
     return play(steps, planned.placement, gpus_per_node=planned.spec.gpus_per_node, copies=planned.groups).timeline

@@ -68,6 +68,8 @@ class Serving:
     """Two half batches take turns, so that one communicates while the other computes."""
     draws: int = 64
     """Of the calibrated constants."""
+    constants: dict[str, float] = field(default_factory=dict)
+    """Calibrated constant -> value that it has in every draw: a what-if."""
     seed: int = 0
 
     def __post_init__(self) -> None:

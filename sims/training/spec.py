@@ -70,6 +70,8 @@ class TrainingStep:
     """Standard deviation of the logarithm of a phase's time, in the event tier."""
     draws: int = 64
     """Of the calibrated constants."""
+    constants: dict[str, float] = field(default_factory=dict)
+    """Calibrated constant -> value that it has in every draw: a what-if."""
     seed: int = 0
 
     def __post_init__(self) -> None:
