@@ -11,9 +11,14 @@ from research.errors import ConfigError
 from sims import AllToAll, simulate
 from sims.__main__ import app
 from sims.all_to_all import plan
+from sims.calibrate import FITTED, calibrate, cases, inputs
 from sims.collective import gpu_seconds, latency_seconds, streams
 from sims.constants import load_constants
 from sims.explain.all_to_all import explain_all_to_all
+from sims.explain.training import explain_training_step
+from sims.quantiles import Quantiles
+from sims.training.door import training_step_spec
+from sims.validation.calibration import comparisons
 
 QUESTION = AllToAll(nodes=2, gpus_per_node=4, tokens_per_device=256, hidden_size=512, seed=3)
 
@@ -84,6 +89,55 @@ def test_a_constant_held_at_a_value_has_it_in_every_draw():
     for name, value, said in (("nic_eficiency", 1.0, "did you mean 'nic_efficiency'"), ("nic_efficiency", -1.0, "must be > 0")):
         with pytest.raises(ConfigError, match=rf"constants\.{name} = .*{said}"):
             load_constants(cluster, 4, {name: value})
+
+
+def test_the_explanation_of_a_step_has_the_steps_own_answer():
+    """Where nobody says the placement, both pool the draws of both."""
+    spec = training_step_spec({"model": "deepseek-v2-lite", "nodes": 16, "batch_size": 256}, ["draws=8", "expert_parallel=8"])
+    result = simulate(spec)
+    assert len(result.by_placement) == 2
+    found = explain_training_step(spec)
+    assert found.answer == Quantiles.of(result.seconds)
+    assert found.bottleneck.startswith("Of the two placements")
+    assert sum(found.parts.values()) == pytest.approx(found.base, rel=1e-9)
+    assert not any(sentence.startswith("placement = packed") for sentence in found.switches)
+
+
+def test_calibrate_takes_other_inputs_and_never_writes_them_over_the_committed_ones(monkeypatch):
+    def refused(*arguments):
+        with pytest.raises(ConfigError) as caught:
+            CliRunner().invoke(app, ["calibrate", *arguments], catch_exceptions=False)
+        return str(caught.value)
+
+    assert "say with --out FILE" in refused("--set", "draws=8")
+    dry = ("--dry-run", "--set")
+    assert "did you mean 'nic_efficiency'" in refused(*dry, "priors.nic_eff.best=1")
+    assert "priors.nic_efficiency: low=0.92, best=5.0" in refused(*dry, "priors.nic_efficiency.best=5")
+    assert "names several values" in refused(*dry, "points.h800-1-node-dispatch=1")
+    assert "draws = 1: must be a whole number" in refused(*dry, "draws=1")
+    assert "workload" in refused(*dry, "foo=1")
+    changed = inputs(["priors.nic_efficiency.best=0.95", "points.h800-1-node-dispatch.value=100e9", "draws=4"])
+    first = cases()[0]
+    assert changed.cases[0].seconds == pytest.approx(first.seconds * first.point.value / 100e9)
+    assert (changed.priors["nic_efficiency"].best, changed.draws) == (0.95, 4)
+    monkeypatch.setattr("sims.calibrate.ITERATIONS", 3)
+    slower = calibrate(("points.h800-1-node-dispatch.value=100e9", "points.h800-1-node-combine.value=100e9", "draws=4"))
+    assert slower["constants"]["nvlink_efficiency"]["best"] < 0.95 < json.loads(FITTED.read_text())["constants"]["nvlink_efficiency"]["best"]
+
+
+def test_validate_holds_constants_in_a_folder_of_its_own(tmp_path):
+    for arguments, said in (
+        (["--set", "constants.nic_efficiency=0.9"], "is not the committed page"),
+        (["--set", "constants.nic_efficiency=0.9", "--out", str(tmp_path), "--check"], "is not the committed page"),
+        (["--set", "nodes=2", "--out", str(tmp_path)], "expected constants.NAME=value"),
+        (["--set", "constants.foo=2", "--out", str(tmp_path)], "no such constant"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            CliRunner().invoke(app, ["validate", *arguments], catch_exceptions=False)
+    held = {row.name: row.ours.p50 for row in comparisons((("nic_efficiency", 0.5),))}
+    drawn = {row.name: row.ours.p50 for row in comparisons()}
+    assert held["h800-1-node-dispatch"] == drawn["h800-1-node-dispatch"]
+    assert held["h800-4-nodes-dispatch"] > 1.5 * drawn["h800-4-nodes-dispatch"]
 
 
 @pytest.mark.parametrize("command", ["all-to-all", "training-step", "serving"])
