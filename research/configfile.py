@@ -71,12 +71,28 @@ def validate(cls: type[T], mapping: Mapping[str, Any], source: str) -> T:
         removed |= {path[-1] for path in taken}
         if not taken:
             break
+    if not problems:
+        problems = [f"{source}: {path} = {given!r}: input should be a number, not true or false" for path, given in _booleans(value, mapping)]
     if problems:
         raise ConfigError(*_joined(problems))
     return value
 
 
 ROUNDS = 4
+
+
+def _booleans(value: Any, given: Any, path: str = "") -> list[tuple[str, bool]]:
+    """Where `given` holds true or false and `value` made a number of it, which pydantic does without a word."""
+    if isinstance(given, bool):
+        return [(path, given)] if isinstance(value, int | float) and not isinstance(value, bool) else []
+    pairs: list[tuple[Any, Any, Any]] = []
+    if isinstance(given, Mapping):
+        # Keys of a dict may have become numbers, in the same order; those of a dataclass are its fields.
+        made = value.values() if isinstance(value, Mapping) else [getattr(value, str(key), None) for key in given]
+        pairs = [(key, one, item) for (key, item), one in zip(given.items(), made, strict=False)]
+    elif isinstance(given, list | tuple) and isinstance(value, list | tuple):
+        pairs = [(i, one, item) for i, (one, item) in enumerate(zip(value, given, strict=False))]
+    return [found for key, one, item in pairs for found in _booleans(one, item, f"{path}.{key}" if path else str(key))]
 
 
 def _remove(mapping: dict[str, Any], path: tuple[str, ...]) -> bool:
@@ -211,7 +227,7 @@ def _path(item: Any) -> tuple[str, ...]:
 
 def _sentence(cls: Any, item: Any, source: str) -> str:
     location = list(_path(item))
-    path = ".".join(location) or "(whole)"
+    path = ".".join(location)
     value = item["input"]
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         owner = cls
@@ -225,5 +241,5 @@ def _sentence(cls: Any, item: Any, source: str) -> str:
         return f"{source}: {path}: is missing and has no default"
     message = cast(str, item["msg"]).removeprefix("Value error, ")
     if item["type"] == "value_error":
-        return f"{source}: {path}: {message}"
+        return f"{source}: {path}: {message}" if path else f"{source}: {message}"
     return f"{source}: {path} = {value!r}: {message[0].lower() + message[1:]}"

@@ -3,8 +3,9 @@
 T1, the same in events, is `sims.events`; T2, several collectives on shared links, is `sims.sharing`.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from math import gcd
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,10 +13,11 @@ import numpy as np
 from research.errors import ConfigError
 from research.routing_trace import RoutingTrace
 from sims.cluster import Cluster, Network, load_cluster
-from sims.collective import collective_seconds, gpu_seconds, latency_seconds, notify_seconds, streams
+from sims.collective import Speed, collective_seconds, gpu_seconds, latency_seconds, notify_seconds, streams
 from sims.constants import Constants, load_constants, outside
 from sims.events import play, step
 from sims.formulas import formulas
+from sims.links import check_links, link_speed
 from sims.placement import NAMES, Placement, place
 from sims.pool import dealt, routed, step_of, tokens_of
 from sims.quantiles import Quantiles
@@ -28,13 +30,15 @@ from sims.traffic import Dedup, Traffic, needed_devices, payload_bytes, traffic_
 __all__ = ["AllToAll", "Plan", "collective_seconds", "plan", "simulate", "streams"]
 
 BITS = (8, 16, 32)
+DEVICES = 8
+"""D of a question that does not say it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AllToAll:
     """The question: this much work, on these nodes.  Without a trace the routing is made up (`routing`)."""
 
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "allow_inf_nan": False}
 
     cluster: str = "h800"
     nodes: int = 1
@@ -49,8 +53,9 @@ class AllToAll:
     hidden_size: int = 5120
     n_routed_experts: int = 160
     num_experts_per_tok: int = 6
-    expert_devices: int = 8
-    """The model's D groups of experts, which `device_limit` counts; not the GPUs, unless there are as many."""
+    expert_devices: int | None = None
+    """The model's D groups of experts, which `device_limit` counts; not the GPUs, unless there are as many.  None: 8, or as many of them
+    as divide the experts evenly, where no limit counts them."""
     device_limit: int | None = None
     """M: a token's experts lie on at most so many of the D devices, those of the highest affinities."""
     node_limit: int | None = None
@@ -65,6 +70,12 @@ class AllToAll:
     """SMs that work on communication; None: the cluster's."""
     network: Network | None = None
     oversubscription: float | None = None
+    nic: dict[int, float] = field(default_factory=dict)
+    """Device of the group -> share of its NIC's bandwidth that is left; where there are several groups, of the first."""
+    nvlink: dict[int, float] = field(default_factory=dict)
+    """Device of the group -> share of its NVLink bandwidth that is left."""
+    constants: dict[str, float] = field(default_factory=dict)
+    """Calibrated constant -> value that it has in every draw: a what-if."""
     routing: str = "random"
     step: int = -1
     """The snapshot of a trace."""
@@ -72,10 +83,10 @@ class AllToAll:
     draws: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("nodes", "gpus_per_node", "tokens_per_device", "hidden_size", "draws"):
+        for name in ("nodes", "gpus_per_node", "tokens_per_device", "hidden_size", "n_routed_experts", "num_experts_per_tok", "draws"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be >= 1")
-        for name in ("sms", "expert_parallel", "node_limit"):
+        for name in ("sms", "expert_parallel", "expert_devices", "node_limit"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value} must be >= 1, or null")
         if self.seed < 0:
@@ -91,10 +102,19 @@ class AllToAll:
             raise ValueError(f"oversubscription={self.oversubscription} must be >= 1")
         self._check_routing()
 
+    @property
+    def routing_devices(self) -> int:
+        """D, as given or as it follows from the experts."""
+        if self.expert_devices is not None:
+            return self.expert_devices
+        return gcd(self.n_routed_experts, DEVICES) if self.device_limit is None else DEVICES
+
     def _check_routing(self) -> None:
-        experts, devices, chosen, limit = self.n_routed_experts, self.expert_devices, self.num_experts_per_tok, self.device_limit
-        if min(experts, devices, chosen) < 1 or experts % devices:
-            raise ValueError(f"expert_devices={devices} must divide n_routed_experts={experts}, and num_experts_per_tok={chosen} be >= 1")
+        experts, devices, chosen, limit = self.n_routed_experts, self.routing_devices, self.num_experts_per_tok, self.device_limit
+        if experts % devices:
+            raise ValueError(f"expert_devices={devices} must divide n_routed_experts={experts}")
+        if chosen > experts:
+            raise ValueError(f"num_experts_per_tok={chosen} must lie in 1..{experts} (n_routed_experts)")
         if limit is not None and not 1 <= limit <= devices:
             raise ValueError(f"device_limit={limit} must lie in 1..{devices} (expert_devices), or be null for unrestricted")
         if chosen > (limit or devices) * (experts // devices):
@@ -142,6 +162,12 @@ class Plan:
     expert_load: np.ndarray
     """int64 (E,): token-expert pairs of the group."""
     warnings: list[str]
+    links: Speed | None = None
+    """What is left of the links of the group's GPUs, where some are degraded."""
+
+    def load_constants(self, draws: int | None = None) -> Constants:
+        """Of the question; `draws` in place of its own."""
+        return load_constants(self.cluster, self.spec.draws if draws is None else draws, self.spec.constants)
 
     @cached_property
     def combine(self) -> Traffic:
@@ -183,8 +209,8 @@ def plan(spec: AllToAll, trace: RoutingTrace | None = None) -> Plan:
     if spec.expert_placement is None and experts % devices:
         warnings.append(f"n_routed_experts = {experts} over {devices} devices: does not come out even, some hold one expert more")
     if trace is not None:
-        said = ((name, getattr(trace, name), getattr(spec, name)) for name in ("n_routed_experts", "num_experts_per_tok", "expert_devices"))
-        warnings += [f"{name} = {asked}: the trace's {own} hold" for name, own, asked in said if own != asked]
+        asked = {"n_routed_experts": spec.n_routed_experts, "num_experts_per_tok": spec.num_experts_per_tok, "expert_devices": spec.routing_devices}
+        warnings += [f"{name} = {value}: the trace's {getattr(trace, name)} hold" for name, value in asked.items() if getattr(trace, name) != value]
     trace = routed(spec, where, trace)
     ids = trace.expert_ids[step_of(spec, trace)].reshape(-1, trace.num_experts_per_tok)
     counts, used = dealt(tokens_of(spec, devices), len(ids), spec.routing == "balanced")
@@ -207,14 +233,24 @@ def plan(spec: AllToAll, trace: RoutingTrace | None = None) -> Plan:
         dispatch=traffic_of(counts, needed, where, down, dedup=spec.dedup, chosen=chosen),
         expert_load=np.rint(load).astype(np.int64),
         warnings=warnings,
+        links=_links(spec, devices),
     )
+
+
+def _links(spec: AllToAll, devices: int) -> Speed | None:
+    """None where all links are healthy."""
+    try:
+        check_links(spec.nic, spec.nvlink, devices)
+    except ValueError as error:
+        raise ConfigError(f"all-to-all: {error}") from error
+    return link_speed(devices, spec.nic, spec.nvlink) if spec.nic or spec.nvlink else None
 
 
 @simulate.register
 def _(spec: AllToAll, trace: RoutingTrace | None = None) -> Result:
     """Seconds, bytes and straggler of one layer's all-to-all, forward and backward (`sims.simulate`)."""
     planned = plan(spec, trace)
-    return answer(planned, load_constants(planned.cluster, spec.draws))
+    return answer(planned, planned.load_constants())
 
 
 def answer(planned: Plan, constants: Constants) -> Result:
@@ -223,7 +259,7 @@ def answer(planned: Plan, constants: Constants) -> Result:
     sms = float(spec.sms if spec.sms is not None else cluster.communication_sms.value)
     forward = {"dispatch": planned.dispatch, "combine": planned.combine}
     moves = {
-        name: move(traffic, cluster, constants, sms=sms, experts=trace.n_routed_experts, notify=name == "dispatch")
+        name: move(traffic, cluster, constants, sms=sms, experts=trace.n_routed_experts, notify=name == "dispatch", speed=planned.links)
         for name, traffic in (*forward.items(), ("backward_combine", planned.backward_combine), ("backward_dispatch", planned.backward_dispatch))
     }
     load, tokens, size = planned.copies, float(planned.counts.sum(dtype=np.float64)), planned.dispatch.bytes_per_token
@@ -278,9 +314,9 @@ def query(planned: Plan, sms: float) -> dict[str, Any]:
     }
 
 
-def move(traffic: Traffic, cluster: Cluster, constants: Constants, *, sms: float, experts: int, notify: bool) -> Move:
+def move(traffic: Traffic, cluster: Cluster, constants: Constants, *, sms: float, experts: int, notify: bool, speed: Speed | None = None) -> Move:
     """One direction in time, by the closed form."""
-    found = streams(traffic, cluster, constants, sms=sms)
+    found = streams(traffic, cluster, constants, sms=sms, speed=speed)
     by_gpu = gpu_seconds(found, constants)
     seconds = latency_seconds(traffic, cluster, constants) + by_gpu.max(1)
     straggler = int(by_gpu[0].argmax())
@@ -330,5 +366,9 @@ def _group(spec: AllToAll, experts: int) -> tuple[int, list[str]]:
 def timeline(planned: Plan, constants: Constants, sms: float) -> Timeline:
     """Notify, dispatch and combine of the forward pass in events (T1), the experts' own time left out."""
     moves = (("dispatch", planned.dispatch, True), ("combine", planned.combine, False))
-    steps = [step(name, traffic, planned.cluster, constants, sms=sms, notify=notify) for name, traffic, notify in moves if traffic.moves]
+    steps = [
+        step(name, traffic, planned.cluster, constants, sms=sms, notify=notify, speed=planned.links)
+        for name, traffic, notify in moves
+        if traffic.moves
+    ]
     return play(steps, planned.placement, gpus_per_node=planned.spec.gpus_per_node, copies=planned.groups).timeline

@@ -6,20 +6,21 @@ a linear model these are exact draws of the posterior): a constant that no point
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from research.atomic import write_text
-from research.configfile import read_yaml, validate
-from sims.all_to_all import AllToAll, plan
+from research.configfile import apply_overrides, nearest, read_yaml, validate
+from research.errors import ConfigError
+from sims.all_to_all import AllToAll, Plan, plan
 from sims.cluster import Cluster
 from sims.collective import Moved, collective_seconds, moved_bytes
-from sims.constants import CALIBRATION, Constants, priors, spread_normal
+from sims.constants import CALIBRATION, Constants, Prior, priors, spread_normal
 from sims.traffic import Traffic
 
 FITTED = CALIBRATION / "fitted.json"
@@ -73,18 +74,77 @@ class Case:
 @cache
 def cases(path: Path = POINTS) -> list[Case]:
     """All points of the file; ConfigError names path and value."""
-    mapping = read_yaml(path)
+    return _cases(read_yaml(path), path)
+
+
+def _cases(mapping: Mapping[str, Any], path: Path) -> list[Case]:
     found = []
     for index, value in enumerate(mapping.get("points", [])):
         point = validate(Point, value, f"{path.name}: points.{index}")
         question = {**mapping.get("workload", {}), "cluster": point.cluster, "nodes": point.nodes, "sms": point.sms}
         spec = validate(AllToAll, question, f"{path.name}: points.{index} ({point.name})")
-        planned = plan(spec)
+        planned = _planned(json.dumps(asdict(spec)))
         traffic = planned.dispatch if point.direction == "dispatch" else planned.combine
         logical = traffic.logical.sum() if point.basis == "logical nvlink" else traffic.node_logical.sum()
         seconds = point.value if point.unit == "s" else float(logical) / planned.placement.devices / point.value
         found.append(Case(point, spec, planned.cluster, traffic, moved_bytes(traffic), seconds))
     return found
+
+
+@lru_cache(maxsize=16)
+def _planned(question: str) -> Plan:
+    """Of an `AllToAll` in JSON: dispatch and combine of one question are planned once, and other values of the points need no other plan."""
+    return plan(AllToAll(**json.loads(question)))
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What is fitted: the points with their workload, what is believed before them, and how many draws are made."""
+
+    cases: list[Case]
+    priors: Mapping[str, Prior]
+    draws: int
+
+
+def inputs(overrides: Iterable[str] = ()) -> Inputs:
+    """The committed files with `--set` laid over them: `priors.NAME.best` (low, high) of a free constant, `points.NAME.value` (spread, sms,
+    ...) of a point, `workload.FIELD` of all points' question, and `draws`.
+
+    ConfigError names a path that is none, and a value that cannot be.
+    """
+    given = list(overrides)
+    mapping, known = read_yaml(POINTS), priors()
+    points = {point["name"]: point for point in mapping["points"]}
+    nested = {"draws": DRAWS, "priors": {name: asdict(known[name]) for name in FREE}, "points": points, "workload": mapping["workload"]}
+    for override in given:
+        _check_path(override, nested)
+    changed = apply_overrides(nested, given)
+    draws = changed["draws"]
+    if type(draws) is not int or not 2 <= draws <= MOST_DRAWS:
+        raise ConfigError(f"calibrate: draws = {draws!r}: must be a whole number in 2..{MOST_DRAWS}")
+    believed = {name: validate(Prior, value, f"calibrate: priors.{name}") for name, value in changed["priors"].items()}
+    content = {"points": list(changed["points"].values()), "workload": changed["workload"]}
+    return Inputs(_cases(content, POINTS) if given else cases(), {**known, **believed}, draws)
+
+
+MOST_DRAWS = 10_000
+
+
+def _check_path(override: str, nested: Mapping[str, Any]) -> None:
+    """ConfigError for what is no path of one value in `nested`; fields of a workload are looked at when it is read."""
+    path, equals, _ = override.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {override}: expected path=value, such as points.{next(iter(nested['points']))}.spread=0.02")
+    node: Any = nested
+    for depth, key in enumerate(keys := path.strip().split(".")):
+        if keys[0] == "workload" and depth == 1:
+            return
+        if not isinstance(node, Mapping) or key not in node:
+            choices = node if isinstance(node, Mapping) else []
+            raise ConfigError(f"--set {path}: {'.'.join(keys[: depth + 1])} is no input of the calibration{nearest(key, choices)}")
+        node = node[key]
+    if isinstance(node, Mapping):
+        raise ConfigError(f"--set {path}: names several values; add one of {', '.join(map(str, node))}, as in {path.strip()}.{next(iter(node))}=...")
 
 
 def constants_at(logs: np.ndarray) -> Constants:
@@ -100,13 +160,19 @@ def predicted(found: Sequence[Case], logs: np.ndarray) -> np.ndarray:
     return np.stack([collective_seconds(c.traffic, c.cluster, constants, sms=c.spec.sms, moved=c.moved) for c in found], axis=1)
 
 
-def fit(found: Sequence[Case], point_shift: np.ndarray, prior_shift: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
+def fit(
+    found: Sequence[Case],
+    point_shift: np.ndarray,
+    prior_shift: np.ndarray,
+    weight: np.ndarray | None = None,
+    known: Mapping[str, Prior] | None = None,
+) -> np.ndarray:
     """Logarithms of the free constants at the mode of each of n problems, float64 (n, constants).
 
     Shifts (n, cases) and (n, constants) move measurements and priors by so many of their spreads; `weight` (n, cases) of 0 leaves a
-    case out.  Gauss-Newton, all problems at once; the residuals are nearly linear in the logarithms.
+    case out; `known` are other priors.  Gauss-Newton, all problems at once; the residuals are nearly linear in the logarithms.
     """
-    spread, (centre, width) = np.array([c.point.spread for c in found]), _prior()
+    spread, (centre, width) = np.array([c.point.spread for c in found]), _prior(known)
     measured = np.log([c.seconds for c in found]) + point_shift * spread
     goal = centre + prior_shift * width
     logs, weight = goal.copy(), np.ones_like(measured) if weight is None else weight
@@ -133,23 +199,28 @@ def _slopes(found: Sequence[Case], logs: np.ndarray) -> np.ndarray:
     return np.asarray(((up - down) / (2 * step)).swapaxes(1, 2))
 
 
-def _prior() -> tuple[np.ndarray, np.ndarray]:
-    known = priors()
+def _prior(known: Mapping[str, Prior] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    known = priors() if known is None else known
     return np.log([known[name].best for name in FREE]), np.array([known[name].log_spread for name in FREE])
 
 
+def calibrate(overrides: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Fit, residuals, leave-one-out errors, identifiability and draws: what is written to `fitted.json`.  `overrides` as in `inputs`."""
+    return _calibrated(overrides)
+
+
 @cache
-def calibrate(draws: int = DRAWS) -> dict[str, Any]:
-    """Fit, residuals, leave-one-out errors, identifiability and draws: what is written to `fitted.json`."""
-    found = cases()
+def _calibrated(overrides: tuple[str, ...]) -> dict[str, Any]:
+    given = inputs(overrides)
+    found, draws, known = given.cases, given.draws, given.priors
     random = np.random.default_rng(0)
     shifts = np.stack([spread_normal(random, draws) for _ in range(len(found) + len(FREE))], axis=1)
-    drawn = fit(found, shifts[:, : len(found)], shifts[:, len(found) :])
+    drawn = fit(found, shifts[:, : len(found)], shifts[:, len(found) :], known=known)
     best, measured = drawn[0], np.array([c.seconds for c in found])
     residual = predicted(found, best[None])[0] / measured - 1
-    others = fit(found, np.zeros((len(found),) * 2), np.zeros((len(found), len(FREE))), 1.0 - np.eye(len(found)))
+    others = fit(found, np.zeros((len(found),) * 2), np.zeros((len(found), len(FREE))), 1.0 - np.eye(len(found)), known)
     left_out = predicted(found, others).diagonal() / measured - 1
-    spread, (centre, width) = drawn[1:].std(0, ddof=1), _prior()
+    spread, (centre, width) = drawn[1:].std(0, ddof=1), _prior(known)
     seen = _slopes(found, best[None])[0]
     return {
         "constants": {

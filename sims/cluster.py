@@ -17,7 +17,7 @@ CLUSTERS = Path(__file__).with_name("clusters")
 class Figure:
     """One number of a data sheet or a measurement.
 
-    `basis` is physical (bytes that cross the link) or logical (bytes that a rank receives, its own included).
+    `basis` is physical (bytes that cross the link) or logical (bytes that a rank receives, its own included), which no cluster takes.
     """
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
@@ -76,6 +76,16 @@ class Cluster:
             raise ValueError(
                 f"oversubscription={self.oversubscription} needs network: plain; the rails of a rail-optimized network are not oversubscribed"
             )
+        for name in ("gpus_per_node", "sms", "communication_sms"):
+            if not float(value := getattr(self, name).value).is_integer():
+                raise ValueError(f"{name}.value={value} must be a whole number")
+        if self.communication_sms.value > self.sms.value:
+            raise ValueError(f"communication_sms.value={self.communication_sms.value:g} must be <= sms.value={self.sms.value:g}")
+        for name, figure in figures(self).items():
+            if figure.basis == "logical":
+                raise ValueError(
+                    f"{name}.basis='logical': must be physical, bytes that cross the link; of a logical figure over N nodes (N - 1) / N cross it"
+                )
 
 
 def cluster_names() -> list[str]:
@@ -85,7 +95,7 @@ def cluster_names() -> list[str]:
 def load_cluster(name: str | Path) -> Cluster:
     """A preset by name, or the user's own YAML file by path; ConfigError names path, value and remedy."""
     path = CLUSTERS / f"{name}.yaml" if str(name) in cluster_names() else Path(name)
-    if not path.exists():
+    if not path.is_file():
         raise ConfigError(f"cluster = {str(name)!r}: no such preset or file; valid: {', '.join(cluster_names())}, or the path of a YAML file")
     return _load(path, str(name), path.stat().st_mtime_ns)
 
@@ -118,7 +128,7 @@ def in_base_units(mapping: dict[str, Any], source: str) -> tuple[dict[str, Any],
         word, _, rest = figure["unit"].strip().partition(" ")
         if word not in UNITS[kind]:
             problems.append(f"{source}: {key}.unit = {figure['unit']!r}: does not measure {kind.strip('_')}; valid: {', '.join(UNITS[kind])}")
-        elif isinstance(figure.get("value"), int | float):
+        elif type(figure.get("value")) in (int, float):
             base = next(iter(UNITS[kind]))
             result[key] = {**figure, "value": figure["value"] * UNITS[kind][word], "unit": f"{base} {rest}".strip()}
     return result, problems

@@ -121,11 +121,23 @@ UNMEASURED_CLUSTER = 0.08
 between the shares of NVLink's data-sheet rate that NCCL reaches on A100, H100, H200 and B200 (0.63 to 0.70)."""
 
 
-def load_constants(cluster: Cluster, draws: int = 64) -> Constants:
-    """Every constant for predictions on `cluster`; deterministic.  ConfigError if draws < 1."""
+def load_constants(cluster: Cluster, draws: int = 64, given: Mapping[str, float] | None = None) -> Constants:
+    """Every constant for predictions on `cluster`; deterministic.  `given` has its values in every draw, for what-ifs.
+
+    ConfigError if draws < 1, for a name that no constant has, and for a value that is not positive.
+    """
     if draws < 1:
         raise ConfigError(f"draws = {draws}: must be >= 1")
-    return _load(cluster.key in fits()["clusters"], draws)
+    found = _load(cluster.key in fits()["clusters"], draws)
+    if not given:
+        return found
+    for name, value in given.items():
+        if name not in found.values:
+            raise ConfigError(f"constants.{name} = {value!r}: no such constant{nearest(name, found.values)}")
+        if not 0 < value < np.inf:
+            raise ConfigError(f"constants.{name} = {value!r}: must be > 0 and finite")
+    changed = found.replaced(**given)
+    return Constants(changed.values, {**changed.sources, **dict.fromkeys(given, "given in the question")})
 
 
 @lru_cache(maxsize=16)

@@ -74,6 +74,8 @@ def _explicit(pairs: Any, devices: int, nodes: int, gpus_per_node: int) -> tuple
         whole = isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(x, int) and not isinstance(x, bool) for x in pair)
         if not whole or not (0 <= pair[0] < nodes and 0 <= pair[1] < gpus_per_node):
             raise ConfigError(f"placement.{i} = {pair!r}: must be [node, gpu] with node in 0..{nodes - 1} and gpu in 0..{gpus_per_node - 1}")
+    if not devices:
+        raise ConfigError("placement = []: must hold a [node, gpu] pair for each device of the group, one at least")
     places = [tuple(pair) for pair in pairs]
     if len(set(places)) < devices:
         twice = next(p for p in places if places.count(p) > 1)

@@ -32,13 +32,13 @@ def routed(spec: "AllToAll", where: Placement, trace: RoutingTrace | None) -> Ro
         return reroute(trace, trace.device_limit, node_groups=groups, node_limit=spec.node_limit, node_score=spec.node_score)
     tokens = min(POOL, where.devices * spec.tokens_per_device)
     if spec.routing == "balanced":
-        tokens = _whole_orbits(spec.tokens_per_device, where.devices, experts, spec.expert_devices)
+        tokens = _whole_orbits(spec.tokens_per_device, where.devices, experts, spec.routing_devices)
     return synthetic_trace(
         spec.routing,
         tokens=tokens,
         n_routed_experts=experts,
         num_experts_per_tok=chosen,
-        expert_devices=spec.expert_devices,
+        expert_devices=spec.routing_devices,
         device_limit=spec.device_limit,
         seed=spec.seed,
         node_groups=groups,

@@ -68,6 +68,8 @@ def all_to_all(
     dedup: question.Dedup = None,
     network: question.Network = None,
     oversubscription: question.Oversubscription = None,
+    nic: question.Nic = None,
+    nvlink: question.Nvlink = None,
     seed: question.Seed = None,
     overrides: Overrides = None,
     formula: Annotated[bool, typer.Option(help="Show the formulas of other tools beside ours")] = False,
@@ -80,7 +82,8 @@ def all_to_all(
     """Dispatch and combine of one MoE layer.  Example: python -m sims all-to-all --nodes 2 --model deepseek-v2 --device-limit 2 --formula
 
     Times are P10, P50 and P90 of isolated transmit time with its latency; notify, the exchange of counts, stands beside them.
-    Every option is also a field for --set (n_routed_experts, num_experts_per_tok, ... as in a model's configuration).
+    Every option is also a field for --set (n_routed_experts, num_experts_per_tok, ... as in a model's configuration); --set nic.3=0.5 degrades
+    a link, --set constants.nic_efficiency=0.9 holds a calibrated constant (python -m sims calibrate --dry-run lists them) at a value.
     """
     outputs = Outputs(parquet=parquet, trace_out=trace_out, heatmap=heatmap, figure=figure)
     spec, found = question_of(locals())
@@ -96,6 +99,7 @@ def all_to_all(
 def question_of(given: Mapping[str, Any]) -> tuple[AllToAll, RoutingTrace | None]:
     """The question of the command's parameters, by their names, and the trace to route by."""
     options = {name: given[name] for name in OPTIONS} | {"n_routed_experts": given["experts"], "num_experts_per_tok": given["top_k"]}
+    options |= {name: question.factors(f"--{name}", given[name]) or None for name in ("nic", "nvlink")}
     spec, asked = question.question(options, given["model"], given["placement"], given["overrides"])
     return question.routed(spec, given["trace"], asked, given["model"])
 

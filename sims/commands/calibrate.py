@@ -12,6 +12,7 @@ from research.terminal import console
 from sims.calibrate import FITTED, calibrate, write
 from sims.commands import app
 from sims.commands.question import AsJson
+from sims.outputs.files import check_target
 from sims.training import efficiency
 
 
@@ -19,19 +20,24 @@ from sims.training import efficiency
 def command(
     out: Annotated[Path | None, typer.Option(help="Write the fit of communication here, and nothing else")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Report only, write nothing")] = False,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="path=value of the inputs; needs --out or --dry-run")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Fit, residuals, what no point identifies; writes the draws.  Example: python -m sims calibrate --dry-run
 
     Residual: the fit against the point.  Left out: predicted from the other points only.  Both signed, positive is too slow.
+
+    --set changes what the communication is fitted on, never the committed files: priors.nic_efficiency.best=0.9 (.low, .high),
+    points.h800-1-node-dispatch.value=150e9 (.spread, .sms, ...), workload.hidden_size=4096, draws=64; computing is then not fitted.
     """
+    if overrides and out is None and not dry_run:
+        raise ConfigError(f"--set {overrides[0]}: changes the calibration's inputs; say with --out FILE where to write, or take --dry-run")
     path = out or FITTED
-    if not path.parent.is_dir():
-        raise ConfigError(f"--out {path}: the directory {path.parent} does not exist")
-    fitted = calibrate()
+    check_target(path, "--out")
+    fitted = calibrate(tuple(overrides or ()))
     if not dry_run:
         write(fitted, path)
-    compute = efficiency.fit() if out is None else None
+    compute = efficiency.fit() if out is None and not overrides else None
     if compute is not None and not dry_run:
         efficiency.write(compute)
     if as_json:

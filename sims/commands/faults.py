@@ -3,17 +3,17 @@
 import json
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
 from research.configfile import validate
-from research.errors import ConfigError
 from research.routing_trace import RoutingTrace
 from research.terminal import console
 from sims.commands import app
 from sims.commands.outputs import Outputs, Parquet, TraceOut, say
+from sims.commands.question import Nic, Nvlink, factors
 from sims.faults import (
     Goodput,
     GoodputResult,
@@ -30,7 +30,9 @@ from sims.faults.attribution import culprits
 from sims.serving.spec import model_config, model_mapping, overridden
 from sims.training.door import training_step_spec
 
-faults_app = typer.Typer(no_args_is_help=True, add_completion=False, help="Slow GPUs, degraded links, lost nodes: what they cost and who waits.")
+faults_app = typer.Typer(no_args_is_help=True, add_completion=False, help="""Slow GPUs, degraded links, lost nodes: what they cost and who waits.
+
+    Example: python -m sims faults waits --nodes 2 --slow 3=1.25 --nic 9=0.5 / python -m sims faults goodput --nodes 256""")  # fmt: skip
 app.add_typer(faults_app, name="faults")
 
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="field=value; wins over the options")]
@@ -89,8 +91,8 @@ def waits_command(
     tokens_per_device: int = 4096,
     layers: int = 1,
     slow: Slow = None,
-    nic: Annotated[list[str] | None, typer.Option(help="GPU=share of its NIC's bandwidth that is left; may be repeated")] = None,
-    nvlink: Annotated[list[str] | None, typer.Option(help="GPU=share of its NVLink bandwidth that is left; may be repeated")] = None,
+    nic: Nic = None,
+    nvlink: Nvlink = None,
     trace: Annotated[Path | None, typer.Option(help="routing.npz of a trained model")] = None,
     seed: int = 0,
     overrides: Overrides = None,
@@ -106,9 +108,9 @@ def waits_command(
         "gpus_per_node": gpus_per_node,
         "tokens_per_device": tokens_per_device,
         "layers": layers,
-        "speed": _factors("--slow", slow),
-        "nic": _factors("--nic", nic),
-        "nvlink": _factors("--nvlink", nvlink),
+        "speed": factors("--slow", slow),
+        "nic": factors("--nic", nic),
+        "nvlink": factors("--nvlink", nvlink),
         "seed": seed,
     }
     values = overridden(mapping, overrides or [], SlowLayers, "faults waits")
@@ -150,7 +152,7 @@ def step_command(
         "nodes": nodes,
         "gpus_per_node": gpus_per_node,
         "batch_size": batch_size,
-        "speed": _factors("--slow", slow),
+        "speed": factors("--slow", slow),
         "seed": seed,
     }
     result = slow_step(training_step_spec(mapping, overrides or []), drawn, RoutingTrace.load(trace) if trace else None)
@@ -174,17 +176,6 @@ def _print_step(result: SlowStepResult) -> None:
     console().print(table)
     for warning in result.warnings:
         print(f"warning: {warning}")
-
-
-def _factors(option: str, given: list[str] | None) -> dict[Any, Any]:
-    found = {}
-    for each in given or []:
-        gpu, _, factor = each.partition("=")
-        try:
-            found[int(gpu)] = float(factor)
-        except ValueError:
-            raise ConfigError(f"{option} {each}: expected GPU=factor, such as 3=1.25") from None
-    return found
 
 
 def _print_goodput(result: GoodputResult) -> None:

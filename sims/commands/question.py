@@ -38,6 +38,8 @@ PlacementOption = Annotated[
 Dedup = Annotated[str | None, typer.Option(help="Copies of a token: one per node and device (node), per device, or per expert (none)")]
 Network = Annotated[str | None, typer.Option(help="rail-optimized or plain; else what the cluster's file says")]
 Oversubscription = Annotated[float | None, typer.Option(help="Of a plain network's leaves (1)")]
+Nic = Annotated[list[str] | None, typer.Option("--nic", help="GPU=share of its NIC's bandwidth that is left; may be repeated")]
+Nvlink = Annotated[list[str] | None, typer.Option("--nvlink", help="GPU=share of its NVLink bandwidth that is left; may be repeated")]
 Seed = Annotated[int | None, typer.Option(help="Of the made-up routing (0)")]
 
 FROM_TRACE = ("n_routed_experts", "num_experts_per_tok", "expert_devices", "seed", "routing")
@@ -49,16 +51,32 @@ SHORT = {
 """What a field is also called in --set and --over."""
 
 
+ENTRIES = ("nic", "nvlink", "constants")
+"""Fields that are set entry by entry: `nic.3=0.5`, `constants.nic_efficiency=0.9`."""
+
+
 def field_of(name: str) -> str:
-    """The field of the question that a dotted or short name means; ConfigError with the nearest one."""
+    """The field of the question that a dotted or short name means (`nic.3` is an entry of one); ConfigError with the nearest one."""
     known = [field.name for field in fields(AllToAll)]
     plain = name.strip().replace("-", "_")
     for section in SECTIONS:
         plain = plain.removeprefix(section)
     plain = SHORT.get(plain.lower(), plain)
-    if plain not in known:
+    if plain not in known and plain.partition(".")[0] not in ENTRIES:
         raise ConfigError(f"--set {name}: no such field of the question{nearest(plain, known)}")
     return plain
+
+
+def factors(option: str, given: list[str] | None) -> dict[Any, Any]:
+    """`3=0.5` of an option that may be repeated, as GPU -> number."""
+    found = {}
+    for each in given or []:
+        gpu, _, factor = each.partition("=")
+        try:
+            found[int(gpu)] = float(factor)
+        except ValueError:
+            raise ConfigError(f"{option} {each}: expected GPU=factor, such as 3={1.25 if option == '--slow' else 0.5}") from None
+    return found
 
 
 def question(options: Mapping[str, Any], model: str | None, placement: str | None, overrides: list[str] | None) -> tuple[AllToAll, set[str]]:
@@ -133,9 +151,17 @@ def _placement(given: str) -> dict[str, Any]:
     mapping = read_yaml(given)
     if unknown := sorted(set(mapping) - {"devices", "experts"}):
         raise ConfigError(f"{given}: {unknown[0]} = {mapping[unknown[0]]!r}: unknown key; valid: devices, experts")
-    found = {}
-    if "devices" in mapping:
-        found["placement"] = mapping["devices"]
-    if "experts" in mapping:
-        found["expert_placement"] = mapping["experts"]
-    return found
+    for key, least, what in (("devices", 2, "a [node, gpu] pair for each device of the group"), ("experts", 0, "the device of each expert")):
+        if key in mapping:
+            _check_list(f"{given}: {key}", mapping[key], least, what)
+    return {field: mapping[key] for key, field in (("devices", "placement"), ("experts", "expert_placement")) if key in mapping}
+
+
+def _check_list(where: str, value: Any, pair: int, what: str) -> None:
+    """ConfigError for the first entry that is no whole number or, where `pair` is 2, no pair of them."""
+    if not isinstance(value, list) or not value:
+        raise ConfigError(f"{where} = {value!r}: must be a list with {what}")
+    for i, entry in enumerate(value):
+        numbers = entry if pair and isinstance(entry, list) else [entry]
+        if (pair and (numbers is not entry or len(numbers) != pair)) or any(type(number) is not int for number in numbers):
+            raise ConfigError(f"{where}.{i} = {entry!r}: must be {'[node, gpu], two whole numbers' if pair else 'a whole number'}")

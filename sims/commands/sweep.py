@@ -16,15 +16,17 @@ from rich.progress import track
 from rich.table import Table
 
 from research.atomic import write_text
+from research.configfile import validate
 from research.errors import ConfigError
 from research.routing_trace import RoutingTrace
 from research.terminal import console
-from sims.all_to_all import AllToAll
+from sims.all_to_all import DEVICES, AllToAll
 from sims.commands import app, question
 from sims.commands.all_to_all import microseconds
 from sims.commands.outputs import FigureOut, Outputs, say
 from sims.commands.question import AsJson, Overrides, Trace
 from sims.formulas import FORMULAS
+from sims.outputs.files import check_target
 from sims.result import Result
 from sims.routing import reroute
 from sims.simulation import simulate
@@ -65,10 +67,10 @@ def values(text: str, field: str) -> list[Any]:
             if dash and low.isdigit():
                 found += list(range(int(low), int(high) + 1, int(step or 1)))
             else:
-                found.append(yaml.safe_load(part))
-        except ValueError as error:
+                found.append(yaml.safe_load(part) if part.strip() else part)
+        except (ValueError, yaml.YAMLError) as error:
             raise ConfigError(f"{field} = {text!r}: expected values such as 1,2,4 or 1-8 or 512-4096:512, with null for no limit") from error
-    if not found or any(value is not None and not isinstance(value, int | str) for value in found):
+    if not found or any((isinstance(value, str) and not value.strip()) or (value is not None and type(value) not in (int, str)) for value in found):
         raise ConfigError(f"{field} = {text!r}: expected values such as 1,2,4 or 1-8 or 512-4096:512, with null for no limit")
     return list(dict.fromkeys(found))
 
@@ -80,21 +82,25 @@ def grid(spec: AllToAll, axes: dict[str, list[Any]], trace: RoutingTrace | None 
     """
     points: list[dict[str, Any]] = []
     specs: list[AllToAll] = []
-    impossible = 0
+    impossible, base = 0, asdict(spec)
     for combination in itertools.product(*axes.values()):
         point = dict(zip(axes, combination, strict=True))
-        limit = point.get(LIMITS, spec.device_limit)
-        experts, devices = spec.n_routed_experts, spec.expert_devices
-        chosen = point.get("num_experts_per_tok", spec.num_experts_per_tok)
-        if limit is not None and 1 <= limit <= devices and limit * (experts // devices) < chosen:
+        if _too_few(spec, point):
             impossible += 1
             continue
-        try:
-            specs.append(replace(spec, **(point if trace is None else {k: v for k, v in point.items() if k != LIMITS})))
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"sweep: {', '.join(f'{k} = {v}' for k, v in point.items())}: {error}") from error
+        varied = point if trace is None else {name: value for name, value in point.items() if name != LIMITS}
+        specs.append(validate(AllToAll, base | varied, f"sweep at {', '.join(f'{name} = {value}' for name, value in point.items())}"))
         points.append(point)
     return points, specs, impossible
+
+
+def _too_few(spec: AllToAll, point: dict[str, Any]) -> bool:
+    """Whether the M devices of a point hold fewer experts than its K, both being possible by themselves."""
+    limit, chosen = point.get(LIMITS, spec.device_limit), point.get("num_experts_per_tok", spec.num_experts_per_tok)
+    devices, experts = spec.expert_devices or DEVICES, spec.n_routed_experts
+    if type(limit) is not int or type(chosen) is not int or not 1 <= limit <= devices:
+        return False
+    return limit * (experts // devices) < chosen <= experts
 
 
 def cells(spec: AllToAll, axes: dict[str, list[Any]], trace: RoutingTrace | None = None, *, progress: bool = False) -> Iterator[Cell]:
@@ -139,18 +145,28 @@ def sweep(
         "cluster": cluster, "gpus_per_node": gpus_per_node, "n_routed_experts": experts, "expert_devices": expert_devices,
         "expert_parallel": expert_parallel, "dispatch_bits": dispatch_bits, "combine_bits": combine_bits, "seed": seed,
     }  # fmt: skip
-    outputs = Outputs(figure=figure)
-    spec, asked = question.question(fixed, model, placement, overrides)
-    spec, found = question.routed(spec, trace, asked, model)
-    devices = spec.expert_devices
     swept = {
-        "nodes": nodes if nodes is not None or "nodes" in asked else "2", "num_experts_per_tok": top_k, "tokens_per_device": tokens_per_device,
-        "hidden_size": hidden_size, "sms": sms, "node_limit": node_limit, "routing": routing,
-        LIMITS: device_limit if device_limit is not None or LIMITS in asked else f"1-{devices},null",
+        "nodes": nodes, "num_experts_per_tok": top_k, "tokens_per_device": tokens_per_device, "hidden_size": hidden_size, "sms": sms,
+        "node_limit": node_limit, "routing": routing, LIMITS: device_limit,
     }  # fmt: skip
-    if found is not None and top_k is not None:
+    if trace is not None and top_k is not None:
         raise ConfigError(f"--top-k {top_k}: comes from the trace {trace} of a trained model; leave it out")
+    if csv_path is not None:
+        check_target(csv_path, "--csv")  # Before the work, as the other outputs.
+    outputs = Outputs(figure=figure)
     axes = {name: values(text, name) for name, text in swept.items() if text is not None}
+    # The question that is varied must itself be one: what depends on nodes and K is checked at the first of them.
+    first = {name: axes[name][0] for name in ("nodes", "num_experts_per_tok") if name in axes}
+    spec, _ = question.question({"nodes": 2} | fixed | first, model, placement, overrides)
+    said = {question.field_of(override.partition("=")[0]) for override in overrides or []}
+    if twice := sorted(said & set(axes)):
+        raise ConfigError(f"--set {twice[0]}: the option of that name varies it; leave one of the two out")
+    spec, found = question.routed(spec, trace, said | {name for name, value in fixed.items() if value is not None}, model)
+    if "nodes" not in axes and "nodes" not in said:
+        axes = {"nodes": [2]} | axes
+    if LIMITS not in axes and LIMITS not in said:
+        spec = replace(spec, expert_devices=spec.routing_devices)
+        axes[LIMITS] = [*range(1, spec.routing_devices + 1), None]
     left_out = grid(spec, axes, found)[2]
     if int(np.prod([len(axis) for axis in axes.values()])) == left_out:
         raise ConfigError(f"sweep: no point can be routed: {LIMITS} = {axes.get(LIMITS)} devices hold too few experts for K")
@@ -167,8 +183,6 @@ def sweep(
 
 def write_csv(path: Path, answers: list[Cell]) -> None:
     """A row for each point, atomically."""
-    if not path.parent.is_dir():
-        raise ConfigError(f"--csv {path}: the directory {path.parent} does not exist")
     text = io.StringIO()
     rows = [cell.row() for cell in answers]
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")

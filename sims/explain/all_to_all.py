@@ -8,7 +8,7 @@ from research.errors import ConfigError
 from research.routing_trace import RoutingTrace
 from sims.all_to_all import AllToAll, Plan, plan, query
 from sims.collective import CLASSES, collective_seconds, gpu_seconds, latency_seconds, notify_seconds, streams
-from sims.constants import Constants, load_constants, outside
+from sims.constants import Constants, outside
 from sims.explain.sensitivity import Explanation, best_fit, perturbed, sensitivities
 from sims.quantiles import Quantiles
 from sims.traffic import Traffic
@@ -20,7 +20,7 @@ NODES = (1, 2, 4, 8, 16)
 def explain_all_to_all(spec: AllToAll, trace: RoutingTrace | None = None) -> Explanation:
     """Notify, dispatch and combine of the forward pass."""
     planned = plan(spec, trace)
-    constants = load_constants(planned.cluster, spec.draws)
+    constants = planned.load_constants()
     sms = float(spec.sms if spec.sms is not None else planned.cluster.communication_sms.value)
     tilted = perturbed(constants)
     best = best_fit(constants)
@@ -28,7 +28,7 @@ def explain_all_to_all(spec: AllToAll, trace: RoutingTrace | None = None) -> Exp
     parts = {"notify": float(notify_seconds(planned.dispatch, planned.cluster, best)[0])}
     for name, traffic in moves.items():
         latency = float(latency_seconds(traffic, planned.cluster, best)[0])
-        seconds = float(collective_seconds(traffic, planned.cluster, best, sms=sms)[0])
+        seconds = float(collective_seconds(traffic, planned.cluster, best, sms=sms, speed=planned.links)[0])
         parts |= {f"{name}, latency": latency, f"{name}, transmit": seconds - latency}
     busy = {name: class_seconds(planned, traffic, best, sms) for name, traffic in moves.items()}
     tilts = seconds_of(planned, tilted, sms)
@@ -48,13 +48,13 @@ def explain_all_to_all(spec: AllToAll, trace: RoutingTrace | None = None) -> Exp
 
 def seconds_of(planned: Plan, constants: Constants, sms: float) -> np.ndarray:
     """Notify, dispatch and combine, float64 (draws,)."""
-    there = collective_seconds(planned.dispatch, planned.cluster, constants, sms=sms, notify=True)
-    return there + collective_seconds(planned.combine, planned.cluster, constants, sms=sms)
+    there = collective_seconds(planned.dispatch, planned.cluster, constants, sms=sms, notify=True, speed=planned.links)
+    return there + collective_seconds(planned.combine, planned.cluster, constants, sms=sms, speed=planned.links)
 
 
 def class_seconds(planned: Plan, traffic: Traffic, best: Constants, sms: float) -> dict[str, float]:
     """Busy seconds of the straggler's NICs, NVLink and SMs (`CLASSES`), the best fit."""
-    found = streams(traffic, planned.cluster, best, sms=sms)
+    found = streams(traffic, planned.cluster, best, sms=sms, speed=planned.links)
     straggler = int(gpu_seconds(found, best)[0].argmax())
     return {name: max(float(found[stream][0, straggler]) for stream in parts) for name, parts in CLASSES.items()}
 
@@ -102,7 +102,7 @@ def _over_nodes(spec: AllToAll, trace: RoutingTrace | None) -> list[str]:
             continue
         if planned.placement.nodes != nodes or not planned.dispatch.moves:
             continue
-        best = load_constants(planned.cluster, 1)
+        best = planned.load_constants(1)
         sms = float(spec.sms if spec.sms is not None else planned.cluster.communication_sms.value)
         found[nodes] = LINK[_ranked(class_seconds(planned, planned.dispatch, best, sms))[0][0]]
     groups: list[tuple[str, list[int]]] = []

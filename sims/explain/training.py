@@ -30,9 +30,12 @@ SAID = {
 
 
 def explain_training_step(spec: TrainingStep, trace: RoutingTrace | None = None) -> Explanation:
-    """The step in closed form, and what other choices would make of it."""
+    """The step in closed form, and what other choices would make of it.
+
+    The answer is the one that `training-step` gives; where it pools two placements, what follows it explains the packed one.
+    """
     result: StepResult = simulate(spec, trace)
-    cluster, constants, step = result.cluster, result.constants, result.step
+    cluster, constants, step = result.cluster, result.constants, result.point_step or result.step
     tilted, best, whole = perturbed(constants), best_fit(constants), float(step.seconds[0])
     parts = {name: float(seconds[0]) for name, seconds in step.breakdown.items() if seconds[0] > 1e-9 * whole}
     first, second = sorted(parts, key=lambda name: -parts[name])[:2]
@@ -44,6 +47,9 @@ def explain_training_step(spec: TrainingStep, trace: RoutingTrace | None = None)
     )
     if step.communication[0] > 0:
         bottleneck += f" Of {float(step.communication[0]):,.2f} s of communication {hidden:,.2f} s are hidden behind computing."
+    if len(result.by_placement) > 1:
+        bottleneck = f"Of the two placements in this answer the packed one is explained. {bottleneck}"
+        spec = result.spec
     changed = []
     for said, other in alternatives(spec):
         try:
@@ -55,7 +61,7 @@ def explain_training_step(spec: TrainingStep, trace: RoutingTrace | None = None)
         changed.append((seconds / whole - 1, f"{said}: {100 * (seconds / whole - 1):+.1f} % ({seconds:,.2f} s){room}."))
     return Explanation(
         question="training-step",
-        answer=Quantiles.of(step.seconds),
+        answer=Quantiles.of(result.seconds),
         unit="s",
         bottleneck=bottleneck,
         parts=parts,

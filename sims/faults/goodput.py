@@ -23,6 +23,8 @@ from sims.serving.spec import model_config
 from sims.simulation import simulate
 
 RELIABILITY = Path(__file__).with_name("reliability.yaml")
+MOST_FAILURES = 5e5
+"""Of all runs of an interval together: what some ten seconds can simulate."""
 GRID = tuple(2.0 ** (i / 2) for i in range(-6, 7))
 """Intervals that are tried, as multiples of Daly's."""
 
@@ -151,11 +153,17 @@ def simulate_goodput(spec: Goodput) -> GoodputResult:
             raise ConfigError(
                 f"intervals: {interval:g} s of work and a stall of {setting.stall:g} s are shorter than the {setting.safe:g} s of a checkpoint"
             )
-    outcomes = {interval: [_run(setting, interval, (spec.seed, run)) for run in range(spec.runs)] for interval in intervals}
+    expected = {interval: _log_failures(setting, interval) for interval in intervals}
+    possible = [interval for interval in intervals if expected[interval] <= np.log(MOST_FAILURES / spec.runs)]
+    if not possible or (spec.intervals and possible != intervals):
+        raise ConfigError(_endless(setting, spec, min(set(intervals) - set(possible), key=lambda interval: expected[interval])))
+    outcomes = {interval: [_run(setting, interval, (spec.seed, run)) for run in range(spec.runs)] for interval in possible}
     points = [_point(setting, interval, found) for interval, found in outcomes.items()]
     best = max(points, key=lambda point: point.mean)
     alike = [p.interval_seconds for p in points if not _worse(setting, outcomes[p.interval_seconds], outcomes[best.interval_seconds])]
     warnings = []
+    if possible != intervals:
+        warnings.append(f"intervals above {max(possible):,.0f} s are left out: runs with them hardly ever end, so many periods are interrupted")
     if setting.stall >= setting.mtbf:
         warnings.append(f"a checkpoint stalls training for {setting.stall:,.0f} s, longer than the {setting.mtbf:,.0f} s between failures")
     return GoodputResult(
@@ -207,6 +215,23 @@ def settle(spec: Goodput) -> tuple[Setting, float | None]:
         work=spec.work_hours * 3600,
     )
     return setting, size
+
+
+def _log_failures(setting: Setting, interval: float) -> float:
+    """Logarithm of the failures that a run expects, those of restarts included: periods times e^(R/M) (e^((T + C)/M) - 1)."""
+    period = (interval + setting.safe) / setting.mtbf
+    # log(e^x - 1), without e^x.
+    each = period + float(np.log(-np.expm1(-period)))
+    return float(np.log(max(setting.work / interval, 1.0))) + setting.restart / setting.mtbf + each
+
+
+def _endless(setting: Setting, spec: Goodput, interval: float) -> str:
+    return (
+        f"intervals = {interval:g} s: with a failure every {setting.mtbf:g} s (node_mtbf_hours = {setting.mtbf * spec.nodes / 3600:g} over "
+        f"nodes = {spec.nodes}), restart_seconds = {setting.restart:g} and checkpoint_seconds = {setting.safe:g} a run of work_hours = "
+        f"{spec.work_hours:g} expects e^{_log_failures(setting, interval):.0f} failures, more than can be simulated; take fewer nodes or runs, "
+        "shorter restarts or intervals, less work, or a larger node_mtbf_hours"
+    )
 
 
 def young(stall: float, mtbf: float) -> float:

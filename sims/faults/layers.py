@@ -16,7 +16,8 @@ from sims.cluster import Cluster, load_cluster
 from sims.collective import gpu_seconds, latency_seconds, notify_seconds, streams
 from sims.constants import Constants, load_constants, outside
 from sims.faults.attribution import Wait, culprits, waits
-from sims.faults.devices import SLOWEST, Speeds, check_gpus, link_speed, with_exceptions
+from sims.faults.devices import SLOWEST, Speeds
+from sims.links import check_gpus, check_links, link_speed, with_exceptions
 from sims.quantiles import Quantiles
 from sims.roofline import Operation, Work, attention_operations, gate_operations, norm, operation_seconds, routed_operations, shared_operations
 from sims.routing import Family
@@ -56,6 +57,8 @@ class SlowLayers:
     combine_bits: Literal[16, 8] = 16
     sms: int | None = None
     draws: int = 64
+    constants: dict[str, float] = field(default_factory=dict)
+    """Calibrated constant -> value that it has in every draw: a what-if."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -65,8 +68,7 @@ class SlowLayers:
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must be >= 0")
         check_gpus("speed", self.speed, self.gpus, SLOWEST, "1.25: a quarter slower")
-        for name in ("nic", "nvlink"):
-            check_gpus(name, getattr(self, name), self.gpus, 1.0, "share of the bandwidth that is left")
+        check_links(self.nic, self.nvlink, self.gpus)
 
     @property
     def gpus(self) -> int:
@@ -117,7 +119,7 @@ def simulate_layers(spec: SlowLayers, trace: RoutingTrace | None = None) -> Slow
     cluster, model = load_cluster(spec.cluster), model_config(spec.model, "faults layers")
     if spec.gpus_per_node > cluster.gpus_per_node.value:
         raise ConfigError(f"gpus_per_node = {spec.gpus_per_node}: a node of {cluster.name} has {cluster.gpus_per_node.value:.0f}")
-    constants = load_constants(cluster, spec.draws)
+    constants = load_constants(cluster, spec.draws, spec.constants)
     work = _work(spec, model, cluster, constants, _trace(spec, model, trace))
     speed = with_exceptions(spec.speeds.factors(spec.gpus, spec.seed), spec.speed)
     slow = _play(spec, work, cluster, constants, speed, spec.nic, spec.nvlink)

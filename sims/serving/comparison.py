@@ -4,6 +4,7 @@ The paper's 5.76 times (section 3.2.3) is a ratio of two deployed systems.  Here
 (residents that fit in memory) x (time of a step the other way round).  Efficiencies are those of training (`sims.constants`).
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -76,15 +77,19 @@ class Comparison:
         return asdict(self)
 
 
-def generation_ratio(*, cluster: str | None = None, draws: int = 64, lengths: Lengths | None = None) -> Comparison:
-    """Predicted from `comparison.yaml`; `lengths` in place of the file's for the point estimate, `cluster` in place of H800."""
+def generation_ratio(
+    *, cluster: str | None = None, draws: int = 64, lengths: Lengths | None = None, constants: Mapping[str, float] | None = None
+) -> Comparison:
+    """Predicted from `comparison.yaml`; `lengths` in place of the file's for the point estimate, `cluster` in place of H800, `constants`
+    held at a value."""
+    changes = {"draws": draws, **({"cluster": cluster} if cluster else {}), **({"constants": dict(constants)} if constants else {})}
     content = _content()
     spread = [validate(Lengths, each, f"{FILE.name}: lengths") for each in content["lengths"]]
     assumed = lengths or spread[content["assumed"]]
     readings: dict[str, dict[str, Any]] = content["readings"]
     first = next(iter(readings))
-    at = _ratio(assumed, first, cluster, draws)
-    over = [_ratio(each, reading, cluster, draws) for reading in readings for each in spread]
+    at = _ratio(assumed, first, changes)
+    over = [_ratio(each, reading, changes) for reading in readings for each in spread]
     published = {name: float(figure["value"]) for name, figure in content["published"].items()}
     predicted = {
         "ours": at.ours.generated_tokens_per_second.p50,
@@ -95,7 +100,7 @@ def generation_ratio(*, cluster: str | None = None, draws: int = 64, lengths: Le
     return Comparison(
         at=at,
         sensitivity=over,
-        ideal_cached_tokens=(_ideal(_spec("ours", assumed, first, cluster, draws)), _ideal(_spec("baseline", assumed, first, cluster, draws))),
+        ideal_cached_tokens=(_ideal(_spec("ours", assumed, first, changes)), _ideal(_spec("baseline", assumed, first, changes))),
         published=published,
         errors={name: predicted[name] / published[name] - 1 for name in predicted},
     )
@@ -106,14 +111,14 @@ def _content() -> dict[str, Any]:
     return read_yaml(FILE)
 
 
-def _spec(which: str, lengths: Lengths, reading: str, cluster: str | None, draws: int) -> Serving:
+def _spec(which: str, lengths: Lengths, reading: str, changes: Mapping[str, Any]) -> Serving:
     content = _content()
-    changes = {**(content["readings"][reading] if which == "ours" else {}), **({"cluster": cluster} if cluster else {})}
-    return serving({**content[which], **changes, "lengths": asdict(lengths), "draws": draws}, f"{FILE.name}: {which}")
+    read = content["readings"][reading] if which == "ours" else {}
+    return serving({**content[which], **read, **changes, "lengths": asdict(lengths)}, f"{FILE.name}: {which}")
 
 
-def _ratio(lengths: Lengths, reading: str, cluster: str | None, draws: int) -> Ratio:
-    hosts = [server(_spec(which, lengths, reading, cluster, draws)) for which in ("ours", "baseline")]
+def _ratio(lengths: Lengths, reading: str, changes: Mapping[str, Any]) -> Ratio:
+    hosts = [server(_spec(which, lengths, reading, changes)) for which in ("ours", "baseline")]
     (ours, our_draws), (baseline, their_draws) = (_system(host, lengths) for host in hosts)
     steps = their_draws["step"] / our_draws["step"]
     more = ours.residents / baseline.residents

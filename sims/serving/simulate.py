@@ -48,7 +48,7 @@ def server(spec: Serving, trace: RoutingTrace | None = None, constants: Constant
     if spec.compute_bits == 8 and cluster.fp8_flops_per_second is None:
         raise ConfigError(f"compute_bits = 8: {cluster.name} has no FP8 tensor cores (fp8_flops_per_second is not given); valid: 16")
     split, room = fit(spec, model, cluster)
-    constants = load_constants(cluster, spec.draws) if constants is None else constants
+    constants = load_constants(cluster, spec.draws, spec.constants) if constants is None else constants
     sms = cluster.communication_sms.value if spec.sms is None else float(spec.sms)
     if sms >= cluster.sms.value:
         raise ConfigError(f"sms = {sms:.0f}: must be < {cluster.sms.value:.0f}, the SMs of {cluster.name}")

@@ -1,7 +1,7 @@
 """The question: this model, with these requests, on these nodes."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -68,6 +68,8 @@ class Serving:
     """Two half batches take turns, so that one communicates while the other computes."""
     draws: int = 64
     """Of the calibrated constants."""
+    constants: dict[str, float] = field(default_factory=dict)
+    """Calibrated constant -> value that it has in every draw: a what-if."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -119,7 +121,7 @@ def overridden(mapping: Mapping[str, Any], overrides: Iterable[str], cls: type, 
     ConfigError for a name that is none, with the nearest that is.
     """
     known = {name.split(".")[0] for name in known_paths(cls)}
-    experts, given = MoEConfig.__dataclass_fields__, list[str]()
+    experts, given = [field.name for field in fields(MoEConfig)], list[str]()
     values = dict(mapping)
     for override in overrides:
         path, equals, value = override.partition("=")
@@ -134,7 +136,7 @@ def overridden(mapping: Mapping[str, Any], overrides: Iterable[str], cls: type, 
         elif plain in experts:
             given.append(f"model.moe.{plain}={value}")
         else:
-            choices = [*known_paths(cls), *experts, *(f"model.{each}" for each in known_paths(ModelConfig))]
+            choices = {*known_paths(cls), *experts, *(f"model.{each}" for each in known_paths(ModelConfig))}
             raise ConfigError(f"{source}: --set {name} = {value!r}: unknown key{nearest(name, choices)}")
     return apply_overrides(values, given)
 

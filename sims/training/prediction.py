@@ -1,5 +1,6 @@
 """DeepSeek-V2's published training cost as a prediction: what is not published about its set-up is run both ways, or drawn."""
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -15,19 +16,25 @@ NODES = (32, 64, 128, 256)
 """Of 8 GPUs; with fewer, DeepSeek-V2 does not fit without recomputing more than it is said to."""
 
 
-def deepseek_v2(placement: str, nodes: int = 128) -> StepResult:
+def deepseek_v2(placement: str, nodes: int = 128, constants: Mapping[str, float] | None = None) -> StepResult:
     """The published set-up (V2 sections 3.1.2 and 3.1.3): 16-way zero-bubble pipeline, 8-way expert parallelism, ZeRO-1, no tensor
     parallelism, some recomputation, shared experts beside the all-to-alls, 9,216 sequences of 4K."""
-    result = simulate(TrainingStep(placement=placement, nodes=nodes))
+    result = simulate(TrainingStep(placement=placement, nodes=nodes, constants=dict(constants or {})))
     assert isinstance(result, StepResult)
     return result
 
 
-@cache
-def predicted() -> dict[str, dict[str, Any]]:
+def predicted(constants: tuple[tuple[str, float], ...] = ()) -> dict[str, dict[str, Any]]:
     """Draws, float64, of tokens/s per GPU by what is assumed: each placement on 1,024 GPUs and over the number of nodes, and
-    `unknown`: placements and numbers of nodes equally likely, as they are to someone who has read the paper."""
-    found = {placement: {nodes: deepseek_v2(placement, nodes).tokens_per_second_per_gpu for nodes in NODES} for placement in PLACEMENTS}
+    `unknown`: placements and numbers of nodes equally likely, as they are to someone who has read the paper.  `constants`: name
+    and value of those that are held at one."""
+    return _predicted(constants)
+
+
+@cache
+def _predicted(constants: tuple[tuple[str, float], ...]) -> dict[str, dict[str, Any]]:
+    held = dict(constants)
+    found = {placement: {nodes: deepseek_v2(placement, nodes, held).tokens_per_second_per_gpu for nodes in NODES} for placement in PLACEMENTS}
     every = np.concatenate([draws for by_nodes in found.values() for draws in by_nodes.values()])
     return {
         **{placement: {"nodes": 128, "tokens_per_second_per_gpu": draws[128], "by_nodes": draws} for placement, draws in found.items()},

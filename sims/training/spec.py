@@ -24,7 +24,7 @@ class TrainingStep:
     1,024 GPUs; on how many it was trained, and whether the 8 GPUs of a layer share a node, is not published.
     """
 
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "allow_inf_nan": False}
 
     model: ModelConfig = field(default_factory=deepseek_v2)
     cluster: str = "h800"
@@ -70,6 +70,8 @@ class TrainingStep:
     """Standard deviation of the logarithm of a phase's time, in the event tier."""
     draws: int = 64
     """Of the calibrated constants."""
+    constants: dict[str, float] = field(default_factory=dict)
+    """Calibrated constant -> value that it has in every draw: a what-if."""
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -13,20 +13,20 @@ from sims.formulas import FORMULAS, formulas
 from sims.outputs.figures import svg_bytes
 from sims.quantiles import Quantiles
 from sims.traffic import payload_bytes
-from sims.validation.comparison import Comparison, mean_absolute_errors
+from sims.validation.comparison import Comparison, Held, mean_absolute_errors
 from sims.validation.document import Figure, Section, band, inside, signed, table
 from sims.validation.pictures import errors_figure
 
 MICRO = 1e6
 
 
-def comparisons() -> list[Comparison]:
+def comparisons(held: Held = ()) -> list[Comparison]:
     """Measured against fitted microseconds of every point, with the formulas of other tools."""
-    return [_comparison(case) for case in cases()]
+    return [_comparison(case, held) for case in cases()]
 
 
-def _comparison(case: Case) -> Comparison:
-    constants = load_constants(case.cluster)
+def _comparison(case: Case, held: Held) -> Comparison:
+    constants = load_constants(case.cluster, given=dict(held))
     point, spec = case.point, case.spec
     theirs = formulas(
         case.cluster,

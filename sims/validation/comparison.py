@@ -13,6 +13,8 @@ from sims.quantiles import Quantiles
 from sims.validation.document import band, inside, signed, table
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
+Held = tuple[tuple[str, float], ...]
+"""Name and value of the calibrated constants that a page holds at a value; none on the committed one."""
 Kind = Literal["fitted", "left out", "predicted"]
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from sims.validation.byte_counts import devices_section, measured_section, ratio_section
 from sims.validation.calibration import calibration_section, comparisons
-from sims.validation.comparison import Comparison
+from sims.validation.comparison import Comparison, Held
 from sims.validation.document import Document, Section, band, inside, signed, table
 from sims.validation.serving import prediction, serving_section
 from sims.validation.training import predictions, training_section
@@ -17,6 +17,10 @@ LEAD = (
     "were never seen by a fit. Errors are signed, (ours - published) / published; every time has P10, P50 and P90; a published figure outside that "
     "band is "
     "marked, and misses stay on the page."
+)
+WHAT_IF = (
+    "**What if:** on this page some calibrated constants are held at a value instead of drawn; errors with a point left out and what identifies "
+    "which constant are still those of the committed fit. Held:"
 )
 UNVALIDATED = (
     "**The device limit M on hardware.** No public sweep over M exists. The curve over M rests on exact bytes and on times that were checked over "
@@ -32,14 +36,14 @@ UNVALIDATED = (
 )
 
 
-def build() -> tuple[Document, list[Comparison]]:
-    """The page and every comparison on it."""
-    points, (training, steps), (serving, ratio) = comparisons(), predictions(), prediction()
+def build(held: Held = ()) -> tuple[Document, list[Comparison]]:
+    """The page and every comparison on it; `held` are constants that are not drawn but have a value."""
+    points, (training, steps), (serving, ratio) = comparisons(held), predictions(held), prediction(held)
     predicted = [row for row in (*training, *serving) if row.kind == "predicted"]
     sections = [
         Section(title="Predictions at a glance", blocks=[_glance(predicted)]),
         calibration_section(points),
-        training_section(training, steps),
+        training_section(training, steps, held),
         serving_section(serving, ratio),
         ratio_section(),
         devices_section(),
@@ -47,7 +51,8 @@ def build() -> tuple[Document, list[Comparison]]:
         Section(title="What no public data validates", blocks=["\n".join(f"- {sentence}" for sentence in UNVALIDATED)]),
     ]
     rows = [*points, *training, *serving]
-    return Document(title=TITLE, lead=LEAD, sections=[*sections, _sources(rows)]), rows
+    lead = LEAD if not held else f"{LEAD} {WHAT_IF} {', '.join(f'`{name}` = {value:g}' for name, value in held)}."
+    return Document(title=TITLE, lead=lead, sections=[*sections, _sources(rows)]), rows
 
 
 def _glance(rows: Sequence[Comparison]) -> str:

@@ -4,13 +4,13 @@ from research import accounting
 from research.presets import preset
 from sims.serving.comparison import Comparison as Serving
 from sims.serving.comparison import Ratio, generation_ratio
-from sims.validation.comparison import Comparison, comparison_table, published
+from sims.validation.comparison import Comparison, Held, comparison_table, published
 from sims.validation.document import Section, band, signed, table
 
 
-def prediction() -> tuple[list[Comparison], Serving]:
+def prediction(held: Held = ()) -> tuple[list[Comparison], Serving]:
     """The ratio, both rates and the prompt rate; DeepSeek-V2 in FP8 with a 6-bit cache on a node of 8 H800."""
-    found, known = generation_ratio(), published()
+    found, known = generation_ratio(constants=dict(held)), published()
     at = found.at
     cached = found.ideal_cached_tokens[0] / found.ideal_cached_tokens[1]
     figures = {

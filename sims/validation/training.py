@@ -13,28 +13,28 @@ from sims.training.efficiency import DATA, gpu_hours, layout_step
 from sims.training.prediction import NODES, deepseek_v2, predicted
 from sims.training.result import StepResult
 from sims.training.step import closed_form
-from sims.validation.comparison import Comparison, comparison_table, published
+from sims.validation.comparison import Comparison, Held, comparison_table, published
 from sims.validation.document import Figure, Section, band, table
 
 PLACEMENTS = {"packed": "8 devices in one node", "spread": "8 devices on 8 nodes"}
 ASSUMED = {"unknown": "placement and number of GPUs as unknown as they are", **{name: f"{what}, 1,024 GPUs" for name, what in PLACEMENTS.items()}}
 
 
-def predictions() -> tuple[list[Comparison], dict[str, StepResult]]:
+def predictions(held: Held = ()) -> tuple[list[Comparison], dict[str, StepResult]]:
     """67B's hours (fitted) and V2's (predicted: whatever the placement, and in both), in thousands; V2's steps by placement."""
     known = published()
     dense, sparse = known["deepseek_67b_gpu_hours"], known["deepseek_v2_gpu_hours"]
     data = read_yaml(DATA)
     spec = layout_step(data["set_up"], data["set_up"]["layouts"][0])
     cluster = load_cluster(spec.cluster)
-    hours = gpu_hours(spec, closed_form(spec, cluster, load_constants(cluster)).seconds) / 1e3
+    hours = gpu_hours(spec, closed_form(spec, cluster, load_constants(cluster, given=dict(held))).seconds) / 1e3
     rows = [
         Comparison(group="training", name="DeepSeek 67B (one of its layouts)", unit="K GPU-hours per 1e12 tokens", value=dense.value,
                    ours=Quantiles.of(hours), kind="fitted", source=dense.source)
     ]  # fmt: skip
     flops = {name: accounting.train_flops_per_token(preset(name), spec.sequence_length) for name in ("deepseek-v2", "deepseek-67b")}
     equal_mfu = dense.value * flops["deepseek-v2"] / flops["deepseek-67b"]
-    rates = {assumed: predicted()[assumed]["tokens_per_second_per_gpu"] for assumed in ASSUMED}
+    rates = {assumed: predicted(held)[assumed]["tokens_per_second_per_gpu"] for assumed in ASSUMED}
     for assumed, rate in rates.items():
         rows.append(
             Comparison(
@@ -58,7 +58,7 @@ def predictions() -> tuple[list[Comparison], dict[str, StepResult]]:
                 baselines={"67B's MFU": 100 * (1 - equal_mfu / dense.value)}, source=saving.source,
             )
         )  # fmt: skip
-    return rows, {placement: deepseek_v2(placement) for placement in PLACEMENTS}
+    return rows, {placement: deepseek_v2(placement, constants=dict(held)) for placement in PLACEMENTS}
 
 
 def thousand_hours(rate: np.ndarray) -> np.ndarray:
@@ -66,7 +66,7 @@ def thousand_hours(rate: np.ndarray) -> np.ndarray:
     return 1e9 / 3600 / rate
 
 
-def training_section(rows: list[Comparison], steps: dict[str, StepResult]) -> Section:
+def training_section(rows: list[Comparison], steps: dict[str, StepResult], held: Held = ()) -> Section:
     """The costs, where the time goes, and how little the unpublished number of GPUs matters."""
     about = []
     for placement, step in steps.items():
@@ -77,7 +77,7 @@ def training_section(rows: list[Comparison], steps: dict[str, StepResult]) -> Se
              f"{step.memory.total / 1e9:.0f} GB"]
         )  # fmt: skip
     over = [
-        [f"{nodes} x 8", *(band(Quantiles.of(thousand_hours(predicted()[placement]["by_nodes"][nodes]))) for placement in PLACEMENTS)]
+        [f"{nodes} x 8", *(band(Quantiles.of(thousand_hours(predicted(held)[placement]["by_nodes"][nodes]))) for placement in PLACEMENTS)]
         for nodes in NODES
     ]
     blocks = [
