@@ -84,8 +84,10 @@ def test_what_cannot_be_said_of_an_expectation(values, expects, words):
 
 
 @pytest.mark.parametrize("seeds", [3, 5])
-def test_verdicts_of_500_studies_without_an_effect(seeds):
+def test_verdicts_of_500_studies_without_an_effect(seeds, monkeypatch):
     """Sentences, not numbers: a study alarms if its headline tells any of 5 to 8 variants from the baseline."""
+    for name in ("smallest_effect", "seeds_needed"):  # of which no verdict knows, and which are most of the time
+        monkeypatch.setattr(f"reports.analysis.{name}", lambda *_: None)
     random, alarms = np.random.default_rng(seeds), 0
     for number in range(500):
         names = ["baseline", *map(str, range(5 + number % 4))]
