@@ -1,9 +1,12 @@
 """`python -m reports`: what was recorded, and what it means.
 
 Exit codes: 0; 1 a store that cannot be read; 2 wrong usage; 3 the page was built, but the study is incomplete (and the page says where).
+
+Example: python -m reports build quickstart
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -46,8 +49,9 @@ def build(
     Exit code 3 if the study is incomplete: not finished, failed runs, a missing metric, fewer than two seeds of the baseline, runs
     of another schema.  Example: python -m reports build quickstart --effect 0.01
     """
-    if any(size <= 0 for size in effect or []):
-        raise typer.BadParameter(f"{min(effect or [])} must be > 0", param_hint="--effect")
+    for size in effect or []:
+        if not 0 < size < math.inf:
+            raise typer.BadParameter(f"{size} must be a number > 0, in the objective's unit", param_hint="--effect")
     if publish and mlflow is None:
         raise typer.BadParameter("goes with --mlflow URI: it says where", param_hint="--publish")
     record, root = _record(study, mlflow)

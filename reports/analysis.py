@@ -8,7 +8,7 @@ from typing import Any
 
 from reports import confounds, words
 from reports.importance import Importances, importances
-from reports.statistics import Effect, Estimate, compare, estimate, noise_floor, seeds_needed, smallest_effect
+from reports.statistics import POWER, Effect, Estimate, compare, estimate, noise_floor, power, seeds_needed, smallest_effect
 from reports.store import Problem, Run, StudyRecord
 from sweeps import schema
 
@@ -48,10 +48,28 @@ class Need:
 
     effect: float
     stated: bool
+    expected: bool
     seeds: int | None
     runs: int | None
     tokens: float | None
     hours: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Expected:
+    """The effect that the study's file expects (`expects`), and how often a study like this one shows an effect of this size.
+
+    `power` is None where nothing gives a spread; `above_floor`: the noise floor is smaller, None where there is none.
+    """
+
+    effect: float
+    source: str
+    power: float | None
+    above_floor: bool | None
+
+    @property
+    def enough(self) -> bool:
+        return self.power is not None and self.power >= POWER
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +83,7 @@ class Analysis:
     floor: float | None
     spread: float | None
     smallest: float | None
+    expected: Expected | None
     needs: tuple[Need, ...]
     front: tuple[str, ...]
     importances: Importances
@@ -94,17 +113,19 @@ def analyse(record: StudyRecord, sizes: Sequence[float] = ()) -> Analysis:
     reference = values[base[0].variant] if base else {}
     effects = compare(reference, {name: values[name] for name, runs in groups.items() if not runs[0].baseline}) if reference else {}
     variants = tuple(_variant(name, runs, values[name], effects.get(name), base) for name, runs in groups.items())
-    spread, smallest, comparisons = _sensitivity(effects, reference)
+    sensitivity = _sensitivity(effects, reference)
+    floor, expected = noise_floor(reference), record.expects
     rows = [(v.runs[0].parameters, sum(v.values.values()) / len(v.values)) for v in variants if v.values]
     return Analysis(
         record=record,
         metric=metric,
         lower_is_better=lower,
         variants=variants,
-        floor=noise_floor(reference),
-        spread=spread,
-        smallest=smallest,
-        needs=_needs(variants, effects, spread, comparisons, sizes, metric, reference),
+        floor=floor,
+        spread=sensitivity.spread,
+        smallest=sensitivity.smallest,
+        expected=None if expected is None else _expected(*expected, sensitivity, floor),
+        needs=_needs(variants, effects, sensitivity, sizes or _examples(metric, reference), expected[0] if expected else None),
         front=_front(variants, metric, lower_is_better=lower),
         importances=importances(record, rows, lower_is_better=lower),
         differences=tuple(confounds.differences(record)),
@@ -118,44 +139,67 @@ def _variant(name: str, runs: Sequence[Run], values: dict[int, float], effect: E
     return Variant(name=name, words=said, against=against, baseline=runs[0].baseline, runs=tuple(runs), values=values, effect=effect, means=found)
 
 
-def _sensitivity(effects: Mapping[str, Effect], reference: Mapping[int, float]) -> tuple[float | None, float | None, int]:
-    """Standard deviation of a paired difference, the effect that is shown four times of five, and the comparisons."""
+@dataclass(frozen=True, slots=True)
+class _Sensitivity:
+    """Standard deviation of a paired difference, on how many seeds and degrees of freedom, and the number of comparisons."""
+
+    spread: float | None
+    seeds: int
+    freedom: int
+    comparisons: int
+
+    @property
+    def smallest(self) -> float | None:
+        """The effect that is shown four times of five."""
+        return smallest_effect(self.spread, self.seeds, self.freedom, self.comparisons) if self.spread is not None and self.freedom else None
+
+    def power(self, effect: float) -> float | None:
+        if self.spread is None or not self.freedom:
+            return None
+        return power(effect, self.spread, self.seeds, self.freedom, self.comparisons) if self.spread else 1.0
+
+
+def _sensitivity(effects: Mapping[str, Effect], reference: Mapping[int, float]) -> _Sensitivity:
     with_spread = [e for e in effects.values() if e.spread is not None and e.freedom]
     comparisons = max(len(with_spread), 1)
     if with_spread:
         spread = float(plain_statistics.median(e.spread or 0.0 for e in with_spread))
         seeds, freedom = (int(plain_statistics.median_low([getattr(e, n) for e in with_spread])) for n in ("seeds", "freedom"))
-        return spread, smallest_effect(spread, seeds, freedom, comparisons), comparisons
+        return _Sensitivity(spread, seeds, freedom, comparisons)
     floor = noise_floor(reference)
-    return (floor * math.sqrt(2) if floor is not None else None), None, comparisons
+    return _Sensitivity(floor * math.sqrt(2) if floor is not None else None, 0, 0, comparisons)
+
+
+def _expected(effect: float, source: str, sensitivity: _Sensitivity, floor: float | None) -> Expected:
+    return Expected(effect=effect, source=source, power=sensitivity.power(effect), above_floor=None if floor is None else floor < effect)
+
+
+def _examples(metric: str, reference: Mapping[int, float]) -> list[float]:
+    """Sizes in bits per byte, or as shares of the baseline's mean."""
+    mean = abs(sum(reference.values()) / max(len(reference), 1))
+    return [size if metric.startswith(schema.BITS_PER_BYTE) else size * mean for size in SIZES]
 
 
 def _needs(
-    variants: Sequence[Variant],
-    effects: Mapping[str, Effect],
-    spread: float | None,
-    comparisons: int,
-    sizes: Sequence[float],
-    metric: str,
-    reference: Mapping[int, float],
+    variants: Sequence[Variant], effects: Mapping[str, Effect], sensitivity: _Sensitivity, sizes: Sequence[float], expected: float | None
 ) -> tuple[Need, ...]:
-    if spread is None:
+    if not sensitivity.spread:
         return ()
-    scale = 1.0 if metric.startswith(schema.BITS_PER_BYTE) else abs(sum(reference.values()) / max(len(reference), 1)) * 2
-    stated = tuple(sizes) or tuple(size * scale for size in SIZES)
     unshown = [abs(e.mean) for e in effects.values() if not e.shown and e.mean]
     done = [run for v in variants for run in v.runs if run.finished]
     tokens, seconds = (_mean([run.summary.get(key) for run in done]) for key in ("tokens", "seconds"))
+    asked = {*sizes, *([expected] if expected else [])}
     found = []
-    for size, was_stated in sorted({**{max(unshown, default=0.0): False}, **dict.fromkeys(stated, True)}.items()):
+    for size in sorted({max(unshown, default=0.0), *asked}):
         if size <= 0:
             continue
-        seeds = seeds_needed(size, spread, comparisons)
+        seeds = seeds_needed(size, sensitivity.spread, sensitivity.comparisons)
         runs = seeds * len(variants) if seeds else None
         found.append(
             Need(
                 effect=size,
-                stated=was_stated,
+                stated=size in asked,
+                expected=size == expected,
                 seeds=seeds,
                 runs=runs,
                 tokens=runs * tokens if runs and tokens else None,
@@ -212,7 +256,7 @@ def _incomplete(record: StudyRecord, metric: str, base: Sequence[Run]) -> list[P
             found.append(Problem(place=run.name, text=f"{schema.CONFIG_FILE} is missing: its settings cannot be compared"))
     seeds = sum(run.value(metric) is not None for run in base)
     if seeds < 2:
-        said = "has no run" if not base else "has no finished seed" if not seeds else "has one finished seed"
+        said = "has no run" if not base else f"has no finished seed with {metric}" if not seeds else "has one finished seed"
         found.append(Problem(place="study", text=f"the baseline {said}: {'nothing can be compared' if not seeds else 'there is no noise floor'}"))
     return found
 
@@ -241,6 +285,7 @@ def to_dict(analysis: Analysis) -> dict[str, Any]:
         "noise_floor": analysis.floor,
         "paired_spread": analysis.spread,
         "smallest_effect": analysis.smallest,
+        "expected": None if analysis.expected is None else {**asdict(analysis.expected), "enough": analysis.expected.enough},
         "needs": [asdict(need) for need in analysis.needs],
         "variants": variants,
         "importances": asdict(analysis.importances),

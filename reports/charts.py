@@ -1,13 +1,15 @@
 """What a figure shows, as values: one description that a PNG, an SVG, a CSV file and a spoken text are made of."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 COLOURS = 8
 """Series with a colour of their own; the rest is drawn in grey."""
+MOST_POINTS, FEWEST_POINTS, ALL_POINTS = 240, 60, 3600
+"""Of a line that is kept: as many as a picture can show, fewer where there are many lines, so that a committed report stays small."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,12 +27,25 @@ class Series:
 
     def since(self, x: float) -> "Series":
         """Without the points before `x`."""
-        keep = [index for index, value in enumerate(self.x) if value >= x]
+        return self._at([index for index, value in enumerate(self.x) if value >= x])
 
+    def thinned(self, most: int) -> "Series":
+        """`most` points of a longer one, evenly, both ends among them."""
+        if len(self.x) <= most:
+            return self
+        return self._at([int(i) for i in np.unique(np.linspace(0, len(self.x) - 1, most).round())])
+
+    def _at(self, keep: Sequence[int]) -> "Series":
         def kept(values: tuple[float, ...]) -> tuple[float, ...]:
             return tuple(values[i] for i in keep) if values else ()
 
         return replace(self, x=kept(self.x), y=kept(self.y), low=kept(self.low), high=kept(self.high))
+
+
+def few_points(series: Sequence[Series]) -> tuple[Series, ...]:
+    """The lines of a panel, each with at most so many points that a report stays small."""
+    most = min(max(ALL_POINTS // max(len(series), 1), FEWEST_POINTS), MOST_POINTS)
+    return tuple(each.thinned(most) for each in series)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,7 +7,7 @@ import numpy as np
 
 from reports import caches, words
 from reports.analysis import Analysis, Variant
-from reports.charts import COLOURS, Bars, Chart, Interval, Intervals, Lines, Point, Points, Series
+from reports.charts import COLOURS, Bars, Chart, Interval, Intervals, Lines, Point, Points, Series, few_points
 from reports.document import plain
 from reports.routing_figures import device_load, distinct_devices, expert_load, simulated
 from sweeps import schema
@@ -82,19 +82,24 @@ def loss_curves(analysis: Analysis, colours: dict[str, int | None]) -> Chart | s
     if shown != schema.LOSS:
         keys.append((shown, f"held-out {words.metric_name(shown)}" if shown.startswith("validation/") else words.metric_name(shown)))
     panels = []
+    thinned = False
     for key, label in keys:
-        series = [s for v in analysis.variants if (s := _curve(v, key, colours[v.name])) is not None]
+        whole = [s for v in analysis.variants if (s := _curve(v, key, colours[v.name])) is not None]
+        series = few_points(whole)
+        thinned = thinned or series != tuple(whole)
         if series:
             reference = [x for run in analysis.record.runs if (x := run.value(schema.NGRAM_BITS_PER_BYTE)) is not None]
             level = ("order-2 model of the same tokens", float(np.mean(reference))) if reference and key == schema.BITS_PER_BYTE else None
-            panels.append(
-                Lines(title=label, x_label="training tokens (millions)", y_label="", series=tuple(series), reference=level, from_x=_begin(series))
-            )
+            panels.append(Lines(title=label, x_label="training tokens (millions)", y_label="", series=series, reference=level, from_x=_begin(series)))
     if not panels:
         return "Loss curves: no run has recorded any."
     begun = any(panel.from_x > 0 for panel in panels)
     scope = "Without the first tenth of training" if begun else "Over training"
     caption = f"{scope}. Lines are means over seeds, bands reach from the lowest to the highest seed."
+    if thinned:
+        caption += (
+            f" Of each line {max(len(s.x) for panel in panels for s in panel.series)} points are kept; the runs' {schema.METRICS_FILE} hold all."
+        )
     last = panels[-1]
     ends = "; ".join(f"{s.name} ends at {s.y[-1]:.4g}" for s in last.series[:12])
     return Chart(

@@ -66,12 +66,14 @@ def _facts(analysis: Analysis) -> tuple[tuple[str, str], ...]:
     facts = [
         ("Variants", f"{sum(not v.baseline for v in analysis.variants)} beside the baseline"),
         ("Seeds", f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"),
-        ("Noise floor", "none" if analysis.floor is None else f"{analysis.floor:.{words.digits(analysis.floor)}f} {unit}"),
+        ("Noise floor", "none" if analysis.floor is None else f"{words.number(analysis.floor)} {unit}"),
         (
             "Smallest effect shown 4 times of 5",
-            "none" if analysis.smallest is None else f"{analysis.smallest:.{words.digits(analysis.smallest)}f} {unit}",
+            "none" if analysis.smallest is None else "any: there is no noise" if not analysis.spread else f"{words.number(analysis.smallest)} {unit}",
         ),
     ]
+    if analysis.expected is not None:
+        facts.append(("Expected effect", f"{words.stated(analysis.expected.effect)} {unit}"))
     return tuple(facts)
 
 
@@ -171,7 +173,11 @@ def _setup(analysis: Analysis) -> list[str]:
     if config is None:
         lines.append("The baseline's configuration was not recorded.")
     else:
-        lines += _configured(config)
+        try:
+            lines += _configured(config)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            # Of another version, or damaged: the page does without these lines, and says so.
+            lines.append("The baseline's configuration is not one that this version can read.")
     seeds = ", ".join(map(str, record.study["seeds"]))
     lines.append(f"Seeds {seeds}: the same seed sees the same tokens in the same order in every variant.")
     if cluster := record.study.get("cluster"):

@@ -6,7 +6,7 @@ import numpy as np
 
 from reports import words
 from reports.analysis import Analysis, Variant
-from reports.charts import Chart, Heat, Lines, Series
+from reports.charts import Chart, Heat, Lines, Series, few_points
 from reports.document import plain
 from reports.simulated import Curve, curves
 from research.routing_trace import RoutingTrace
@@ -99,7 +99,7 @@ def distinct_devices(analysis: Analysis, colours: dict[str, int | None]) -> Char
             series.append(Series(name=plain(v.words), x=x, y=y, low=low, high=high, colour=colours[v.name]))
     if not series:
         return "Distinct devices over training: no run recorded them."
-    panel = Lines(title="", x_label="training tokens (millions)", y_label="distinct devices per token", series=tuple(series), from_zero=True)
+    panel = Lines(title="", x_label="training tokens (millions)", y_label="distinct devices per token", series=few_points(series), from_zero=True)
     named = [(s.name, s.colour) for s in series if s.colour is not None]
     ends = "; ".join(f"{s.name} {s.y[-1]:.2f}" for s in series[:12])
     return Chart(

@@ -97,6 +97,7 @@ def compare(baseline: Values, variants: Mapping[str, Values]) -> dict[str, Effec
     # What is left of equal numbers after rounding is no difference.
     scale = ROUNDING * max((abs(value) for value in baseline.values()), default=0.0)
     pairs = {name: np.where(abs(differences) <= scale, 0.0, differences) for name, differences in pairs.items() if len(differences)}
+    pairs = {name: _without_rounding(d, scale) for name, d in pairs.items()}
     block = _block_design(baseline, {name: variants[name] for name in pairs}) if any(len(d) < OWN_SPREAD for d in pairs.values()) else None
     floor = _typical([d for d in pairs.values() if len(d) >= OWN_SPREAD])
     resampled = _bootstrap(pairs)
@@ -104,6 +105,11 @@ def compare(baseline: Values, variants: Mapping[str, Values]) -> dict[str, Effec
     tested = [name for name, row in rows.items() if row.p is not None]
     corrected = dict(zip(tested, holm([rows[name].p or 0.0 for name in tested]), strict=True))
     return {name: _effect(row, pairs[name], resampled.get(name), corrected.get(name), len(tested)) for name, row in rows.items()}
+
+
+def _without_rounding(differences: np.ndarray, scale: float) -> np.ndarray:
+    """Differences that lie together within `scale` are equal: no spread is made of what rounding left."""
+    return np.full(len(differences), differences.mean()) if np.ptp(differences) <= scale else differences
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +144,8 @@ def _row(name: str, differences: np.ndarray, typical: tuple[float, int], block: 
             return _Row(mean, own / math.sqrt(seeds), seeds - 1, own, pooled=False)
         return _Row(mean, floor / math.sqrt(seeds), max(seeds - 1, freedom), floor, pooled=False)
     if block is not None and block.freedom:
+        if not block.noise:
+            return _Row(mean, 0.0, block.freedom, 0.0, pooled=True)
         return _Row(block.means[name], block.errors[name], block.freedom, block.noise * math.sqrt(2), pooled=True)
     if seeds > 1:
         spread = float(differences.std(ddof=1))
@@ -203,6 +211,7 @@ def _block_design(baseline: Values, variants: Mapping[str, Values]) -> _Block:
     solution = inverse @ design.T @ values
     freedom = len(cells) - int(np.linalg.matrix_rank(design))
     noise = math.sqrt(float(((values - design @ solution) ** 2).sum()) / freedom) if freedom else 0.0
+    noise = 0.0 if noise <= ROUNDING * float(abs(values).max()) else noise
     errors = noise * np.sqrt(np.diag(inverse)[: len(variants)])
     return _Block(dict(zip(variants, map(float, solution), strict=False)), dict(zip(variants, map(float, errors), strict=True)), noise, freedom)
 

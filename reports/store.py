@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from reports import shape
 from research.errors import DataError, UserError
 from research.routing_trace import RoutingTrace
 from sweeps import schema
@@ -69,7 +70,9 @@ class Run:
     def value(self, metric: str) -> float | None:
         """A final value of a finished run; None where there is none or it is no finite number."""
         found = self.metrics.get(metric) if self.finished else None
-        return float(found) if isinstance(found, int | float) and math.isfinite(found) else None
+        if not isinstance(found, int | float) or isinstance(found, bool):
+            return None
+        return float(found) if abs(found) < shape.LARGEST else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +101,13 @@ class StudyRecord:
         """The first objective's metric, and whether less of it is better."""
         first = (self.study.get("objectives") or [{"metric": schema.BITS_PER_BYTE}])[0]
         return str(first["metric"]), first.get("direction", "minimize") == "minimize"
+
+    @property
+    def expects(self) -> tuple[float, str] | None:
+        """The effect that the study's file expects of the objective, and where it is published; None where it names none."""
+        found = _mapping(self.study.get("expects"))
+        effect = found.get("effect")
+        return (float(effect), str(found.get("source", ""))) if isinstance(effect, int | float) and 0 < effect < math.inf else None
 
     @property
     def variants(self) -> dict[str, list[Run]]:
@@ -148,6 +158,11 @@ def assemble(
     missing = [key for key in ("name", "question", "space", "seeds") if not isinstance(study, dict) or key not in study]
     if missing:
         raise DataError(f"{source}/{schema.STUDY_FILE}: has no {', '.join(missing)}: it is no resolved study")
+    if damaged := shape.study_problems(study):
+        raise DataError(*(f"{source}/{schema.STUDY_FILE}: {text}" for text in damaged))
+    if bad := shape.data_problem(data):
+        problems.append(Problem(place="study", text=f"{schema.DATA_FILE}: {bad}; it counts as missing"))
+        data = {}
     runs: dict[tuple[str, int], Run] = {}
     others = []
     for run in found:
@@ -176,6 +191,14 @@ def read_run(folder: Path, problems: list[Problem], about: dict[str, Any] | None
         if about:
             problems.append(Problem(place=name, text=f"{schema.RUN_FILE} has no {', '.join(missing)}: the run is left out"))
         return None
+    empty = [f"{key} = null: expected {kind}" for key, kind in shape.RUN.items() if about[key] is None]
+    if damaged := [*shape.wrong(about, shape.RUN).values(), *empty]:
+        problems.append(Problem(place=name, text=f"{schema.RUN_FILE}: {'; '.join(damaged)}: the run is left out"))
+        return None
+    config = _json(folder / schema.CONFIG_FILE, name, problems)
+    if config and (why := shape.config_problem(config)):
+        problems.append(Problem(place=name, text=f"{schema.CONFIG_FILE}: {why}; it counts as missing"))
+        config = {}
     return Run(
         name=about["run"],
         variant=about["variant"],
@@ -185,8 +208,8 @@ def read_run(folder: Path, problems: list[Problem], about: dict[str, Any] | None
         parameters=about["parameters"],
         config_id=about["config_id"],
         commit=about["commit"],
-        config=_json(folder / schema.CONFIG_FILE, name, problems),
-        state=summary.get("state", "not finished"),
+        config=config,
+        state=summary.get("state") or "not finished",
         reason=summary.get("reason"),
         summary=summary,
         records=_records(folder / schema.METRICS_FILE, name, problems),
@@ -200,7 +223,7 @@ def read_run(folder: Path, problems: list[Problem], about: dict[str, Any] | None
 
 
 def _json(path: Path, place: str, problems: list[Problem]) -> dict[str, Any]:
-    """The object in a file; empty where there is no file, and with a problem where it is damaged."""
+    """The object in a file; empty where there is no file, and with a problem where it is damaged, as a whole or in a value."""
     if not path.exists():
         return {}
     try:
@@ -208,7 +231,12 @@ def _json(path: Path, place: str, problems: list[Problem]) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         problems.append(Problem(place=place, text=f"{path.name} is damaged ({error}) and counts as missing"))
         return {}
-    return value if isinstance(value, dict) else {}
+    if not isinstance(value, dict):
+        problems.append(Problem(place=place, text=f"{path.name} holds no object, and counts as missing"))
+        return {}
+    damaged = shape.wrong(value, shape.FILES.get(path.name, {}))
+    problems += [Problem(place=place, text=f"{path.name}: {text}; it counts as missing") for text in damaged.values()]
+    return {key: item for key, item in value.items() if key not in damaged and (item is not None or key not in shape.FILES.get(path.name, {}))}
 
 
 def _records(path: Path, place: str, problems: list[Problem]) -> tuple[dict[str, float], ...]:

@@ -129,7 +129,7 @@ def needs(analysis: Analysis) -> Table | None:
     """What it would take to show an effect of a stated size."""
     rows = []
     for need in analysis.needs:
-        label = f"{need.effect:.2g}" + ("" if need.stated else " (largest not shown)")
+        label = f"{need.effect:.2g}" + (" (expected)" if need.expected else "" if need.stated else " (largest not shown)")
         seeds: Cell = (f"{need.seeds}", float(need.seeds)) if need.seeds else "over 1000"
         runs: Cell = (f"{need.runs:,}", float(need.runs)) if need.runs else "none"
         tokens: Cell = (f"{need.tokens / 1e6:,.1f}", need.tokens) if need.tokens else "not recorded"

@@ -1,7 +1,12 @@
 """The answer in sentences, each computed."""
 
+from collections import Counter
+from collections.abc import Sequence
+
 from reports import words
-from reports.analysis import Analysis, Variant
+from reports.analysis import Analysis, Variant, has_experts
+from reports.document import safe
+from reports.statistics import MOST_SEEDS
 from reports.words import join, seeds_words
 from sweeps import schema
 
@@ -23,8 +28,9 @@ def sentence(analysis: Analysis, variant: Variant) -> str:
     if variant.effect is None:
         return f"**{variant.words}** {_why_no_effect(analysis, variant)}."
     text = words.cost(variant.effect, variant.against, analysis.metric, lower_is_better=analysis.lower_is_better)
-    saved = words.savings(variant.means, base.means, analysis.metric)
-    tail = f", and {saved}" if saved else "; cache, activated parameters, FLOPs and sends stay as they are"
+    dense = [all(run.config and not has_experts(run) for run in v.runs) for v in (variant, base)]
+    saved = words.savings(variant.means, base.means, analysis.metric, dense=dense[0], dense_baseline=dense[1])
+    tail = f"{', and' if saved.startswith(('saves', 'takes')) else ';'} {saved}" if saved else ""
     if diverged:
         tail += f". {diverged} of its {len(variant.runs)} runs diverged, so that this is said of those that did not"
     return f"**{variant.words}** {text}{tail}."
@@ -45,7 +51,19 @@ def _why_no_effect(analysis: Analysis, variant: Variant) -> str:
 
 
 def headline(analysis: Analysis) -> str:
-    """The study in a sentence: how many changes could be told from the baseline, and which."""
+    """The study in a sentence: how many changes could be told from the baseline, and which; and whether it could have shown what it expected."""
+    told = _answer(analysis)
+    expected = analysis.expected
+    if expected is None or expected.enough or not any(v.effect and not v.effect.shown for v in analysis.compared):
+        return told
+    need = next((need for need in analysis.needs if need.expected), None)
+    if need is None:
+        return told
+    seeds = f"{need.seeds} seeds" if need.seeds else f"over {MOST_SEEDS} seeds"
+    return f"{told} An effect of {words.amount(words.stated(expected.effect), analysis.metric)}, as expected, would take {seeds} per variant."
+
+
+def _answer(analysis: Analysis) -> str:
     base = analysis.baseline
     if base is None or not base.values:
         return "There is no finished baseline, so there is nothing to compare with."
@@ -62,10 +80,23 @@ def headline(analysis: Analysis) -> str:
     if diverged:
         parts.append(f"{len(diverged)} diverged on every seed ({'; '.join(v.words for v in diverged)})")
     rest = len(analysis.compared) - len(told)
+    silent = _without_result(others, diverged)
     if not parts:
-        return f"Of {len(others)} variants none can be told from the baseline{_limit(analysis)}."
+        none = f"Of {len(others)} variants none can be told from the baseline{_limit(analysis)}"
+        return f"{none}{silent}." if analysis.compared else f"None of {len(others)} variants can be compared with the baseline{silent}."
     shown = f"; {rest} cannot be told from it{_limit(analysis)}" if rest else ""
-    return f"Of {len(others)} variants {join(parts)}{shown}."
+    return f"Of {len(others)} variants {join(parts)}{shown}{silent}."
+
+
+def _without_result(others: Sequence[Variant], diverged: Sequence[Variant]) -> str:
+    """Variants that have no effect, other than by diverging, and how they ended."""
+    rest = [v for v in others if v.effect is None and v not in diverged]
+    if not rest:
+        return ""
+    ended = Counter("pruned" if len(v.ended(schema.PRUNED)) == len(v.runs) else "without a value to compare" for v in rest)
+    return "; " + join(
+        [f"{ended[how]} {'was' if ended[how] == 1 else 'were'} {how}" for how in ("pruned", "without a value to compare") if ended[how]]
+    )
 
 
 def _are(count: int) -> str:
@@ -90,34 +121,75 @@ def _limit(analysis: Analysis) -> str:
         single = all(v.effect is None or v.effect.seeds == 1 for v in analysis.compared)
         return ": one seed gives no interval" if single and analysis.compared else ""
     low, high = min(halves), max(halves)
-    size = f"{high:.{words.digits(high)}f}" if high - low < 0.02 * high else f"{low:.{words.digits(low)}f} to {high:.{words.digits(high)}f}"
-    return f", with 95 % intervals of ± {size} {words.unit(analysis.metric)}"
+    size = words.number(high) if high - low < 0.02 * high else f"{words.number(low)} to {words.number(high)}"
+    return f", with 95 % intervals of ± {words.amount(size, analysis.metric)}"
 
 
 def floor_sentences(analysis: Analysis) -> list[str]:
     """The noise floor, what could have been shown, and what a smaller effect would take."""
-    base, unit = analysis.baseline, words.unit(analysis.metric)
+    base = analysis.baseline
     if base is None or analysis.floor is None:
         found = ["The baseline has fewer than two finished seeds: there is no noise floor."]
     else:
         found = [
             f"Noise floor: the baseline's standard deviation over {seeds_words(len(base.values))} is "
-            f"{analysis.floor:.{words.digits(analysis.floor)}f} {unit}"
-            + (f"; that of a difference paired by seed {analysis.spread:.{words.digits(analysis.spread)}f}." if analysis.spread is not None else ".")
+            + words.amount(words.number(analysis.floor), analysis.metric)
+            + (f"; that of a difference paired by seed {words.number(analysis.spread)}." if analysis.spread is not None else ".")
         ]
+    if analysis.spread == 0:
+        return [*found, "Paired differences have no noise at all, so that any difference is one."]
     compared = [v.effect for v in analysis.compared if v.effect and v.effect.freedom]
     if analysis.smallest is not None:
         count = f"{len(compared)} comparisons" if len(compared) > 1 else "one comparison"
-        found.append(
-            f"With its seeds and {count} this study shows an effect of {analysis.smallest:.{words.digits(analysis.smallest)}f} {unit} "
-            "in four cases of five; a smaller one it mostly misses."
-        )
+        size = words.amount(words.number(analysis.smallest), analysis.metric)
+        found.append(f"With its seeds and {count} this study shows an effect of {size} in four cases of five; a smaller one it mostly misses.")
+    if analysis.expected is not None or analysis.needs:
+        found.append(expected_sentence(analysis))
     if analysis.floor is not None and analysis.smallest is not None:
-        missed = [need for need in analysis.needs if need.stated and need.effect < analysis.smallest]
+        missed = [need for need in analysis.needs if need.stated and not need.expected and need.effect < analysis.smallest]
         if missed:
-            sizes = join([f"{need.effect:g}" for need in missed])
-            found.append(f"It is too small for effects of {sizes} {unit}; the table says what they would take.")
+            sizes = words.amount(join([words.stated(need.effect) for need in missed]), analysis.metric)
+            found.append(f"It is too small for effects of {sizes}; the table says what they would take.")
     return found
+
+
+def expected_sentence(analysis: Analysis) -> str:
+    """Whether the study is large enough for the effect that its file expects, and else what would be."""
+    expected = analysis.expected
+    if expected is None:
+        return "Its file names no effect that was expected (`expects`), so that it is held against examples."
+    size = words.amount(words.stated(expected.effect), analysis.metric)
+    said = f"Expected: an effect of {size}{f' ({safe(expected.source)})' if expected.source else ''}."
+    if expected.above_floor is None:
+        return f"{said} Without a noise floor nothing says whether this study could show it."
+    assert analysis.floor is not None
+    said += f" The noise floor of {words.number(analysis.floor)} is {'below' if expected.above_floor else 'not below'} it"
+    if expected.power is None:
+        return f"{said}; nothing was compared."
+    link = "and" if expected.enough == expected.above_floor else "but"
+    often = f"{said}, {link} a study like this one shows it in {_percent(expected.power)} of all cases"
+    if expected.enough:
+        return f"{often}, which is enough."
+    return f"{often}: that is too few. {_budget_needed(analysis)}"
+
+
+def _budget_needed(analysis: Analysis) -> str:
+    need = next(need for need in analysis.needs if need.expected)
+    if need.seeds is None:
+        return (
+            f"It would take over {MOST_SEEDS} seeds per variant with runs as long as these; whether longer runs are less noisy only a pilot can tell."
+        )
+    parts = [f"{need.runs:,} runs", f"{_tokens(need.tokens)} training tokens" if need.tokens else ""]
+    parts.append(f"{need.hours:,.1f} hours of training" if need.hours else "")
+    return f"It would take {need.seeds} seeds per variant ({', '.join(p for p in parts if p)}) with runs as long as these."
+
+
+def _tokens(count: float) -> str:
+    return f"{count / 1e6:,.1f} million" if count >= 1e6 else f"{count:,.0f}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if 0.005 <= share < 0.995 else "under 1 %" if share < 0.5 else "over 99 %"
 
 
 def reference_sentence(analysis: Analysis) -> str:

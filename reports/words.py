@@ -1,5 +1,6 @@
 """The words of a page: names that people use for settings and metrics, and numbers in sentences."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -69,8 +70,16 @@ def metric_name(metric: str) -> str:
 
 def unit(metric: str) -> str:
     """The metric's unit, or its name where it has none."""
-    base = schema.BITS_PER_BYTE if metric.startswith(schema.BITS_PER_BYTE) else metric
-    return UNITS.get(base, metric_name(metric))
+    return UNITS.get(_whole(metric), metric_name(metric))
+
+
+def has_unit(metric: str) -> bool:
+    return _whole(metric) in UNITS
+
+
+def _whole(metric: str) -> str:
+    """Without the domain of bits per byte."""
+    return schema.BITS_PER_BYTE if metric.startswith(schema.BITS_PER_BYTE) else metric
 
 
 def setting_value(path: str, value: Any, config: Mapping[str, Any]) -> str:
@@ -104,9 +113,24 @@ def variant_words(run: Run, baseline: Run | None) -> tuple[str, str]:
 
 def digits(scale: float) -> int:
     """Decimals that show two figures of a number of this size, at least four for a loss."""
-    if not scale:
+    if not scale or not math.isfinite(scale):
         return 4
     return min(max(4, 1 - int(f"{abs(scale):e}".split("e")[1])), 9)
+
+
+def number(value: float) -> str:
+    """One number alone: whole from a thousand on, else with its first figures."""
+    return f"{value:,.0f}" if abs(value) >= 1000 or not value else f"{value:.{digits(value)}f}"
+
+
+def stated(value: float) -> str:
+    """A size as somebody states it: three figures, whole from a thousand on."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def amount(text: str, metric: str) -> str:
+    """`0.01 bits per byte`; of a metric without a unit `0.01 in expert violation`."""
+    return f"{text} {unit(metric)}" if has_unit(metric) else f"{text} in {metric_name(metric)}"
 
 
 def plus_minus(mean: float, low: float | None, high: float | None, *, sign: bool = False) -> str:
@@ -144,8 +168,8 @@ def join(parts: Sequence[str]) -> str:
 
 def cost(effect: Effect, against: str, metric: str, *, lower_is_better: bool) -> str:
     """`costs 0.004 ± 0.006 bits per byte against M = 3: no difference that 5 seeds can show`."""
-    if effect.mean == 0 and effect.low == effect.high == 0:
-        return f"has exactly the {metric_name(metric)} of {against}"
+    if effect.mean == 0 and not effect.bootstrap_low and not effect.bootstrap_high:
+        return f"has exactly the {metric_name(metric)} of {against}" + (f" on {seeds_words(effect.seeds)}" if effect.spread != 0 else "")
     worse = (effect.mean > 0) == lower_is_better
     if metric.startswith(schema.BITS_PER_BYTE):
         word = "costs" if worse else "gains"
@@ -155,8 +179,13 @@ def cost(effect: Effect, against: str, metric: str, *, lower_is_better: bool) ->
     low, high = (
         (effect.low, effect.high) if sign > 0 else (None if effect.high is None else -effect.high, None if effect.low is None else -effect.low)
     )
-    amount = plus_minus(abs(effect.mean), low, high)
-    what = f"{amount} {unit(metric)}" if word in ("costs", "gains") else f"{metric_name(metric)} by {amount}"
+    size = plus_minus(abs(effect.mean), low, high)
+    of = UNITS.get(metric, "")
+    what = (
+        f"{size} {unit(metric)}"
+        if word in ("costs", "gains")
+        else f"{metric_name(metric)} by {size} {'' if of == metric_name(metric) else of}".rstrip()
+    )
     text = f"{word} {what} against {against}"
     if effect.low is None:
         return f"{text} on one seed, which gives no interval"
@@ -169,16 +198,38 @@ def cost(effect: Effect, against: str, metric: str, *, lower_is_better: bool) ->
     return f"{text}: no difference that {seeds} can show"
 
 
-def savings(ours: Mapping[str, Estimate], theirs: Mapping[str, Estimate], skip: str) -> str:
-    """`saves 33 % of the sends and takes 12 % more KV cache`; empty where nothing changes by WORTH_SAYING."""
-    less, more = [], []
+def savings(ours: Mapping[str, Estimate], theirs: Mapping[str, Estimate], skip: str, *, dense: bool = False, dense_baseline: bool = False) -> str:
+    """`saves 33 % of the sends, but takes 12 % more KV cache`; which quantities stay, where none changes by WORTH_SAYING.
+
+    Empty where nothing but `skip` was recorded on both sides.  A model that is `dense` has no sends, and none are recorded.
+    """
+    less, more, equal = [], [], []
+    largest = 0.0
     for metric, of, extra in QUANTITIES:
-        if metric == skip or metric not in ours or metric not in theirs or not theirs[metric].mean:
+        if metric == skip or metric not in theirs or not theirs[metric].mean:
+            continue
+        if metric not in ours:
+            if dense and metric in (schema.DISTINCT_DEVICES, schema.ALL_TO_ALL_SECONDS):
+                less.append(f"all of the {of}")
             continue
         change = ours[metric].mean / theirs[metric].mean - 1
         if change <= -WORTH_SAYING:
-            less.append(f"{-change:.0%}".replace("%", " %") + f" of the {of}")
+            less.append(f"{_percent(-change)} of the {of}")
+        elif change >= 1:
+            more.append(f"{1 + change:.3g} times the {of}")
         elif change >= WORTH_SAYING:
-            more.append(f"{change:.0%}".replace("%", " %") + f" more {extra}")
-    parts = ([f"saves {join(less)}"] if less else []) + ([f"takes {join(more)}"] if more else [])
-    return " and ".join(parts)
+            more.append(f"{_percent(change)} more {extra}")
+        else:
+            equal.append(of)
+            largest = max(largest, abs(change))
+    if dense_baseline and schema.DISTINCT_DEVICES in ours and skip != schema.DISTINCT_DEVICES:
+        more.append(f"{ours[schema.DISTINCT_DEVICES].mean:.2g} sends per token, where the baseline has none")
+    if less or more:
+        return (f"saves {join(less)}" if less else "") + (", but " if less and more else "") + (f"takes {join(more)}" if more else "")
+    if not equal:
+        return ""
+    return f"{join(equal)} {'stays as it is' if len(equal) == 1 else 'stay as they are'}" if largest < EXACT else f"{join(equal)} within 2 %"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share < 0.995 else f"{100 * share:.2f} %"

@@ -78,6 +78,24 @@ class Objective:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Expects:
+    """The effect that a publication predicts: the report says whether the study could have shown it, and else what it would take."""
+
+    __pydantic_config__: ClassVar[Any] = _FORBID_UNKNOWN
+
+    effect: float
+    """Of the first objective, in its unit; its size alone, whichever way it goes."""
+    source: str
+    """Where it is published, and how it was converted: it stands in the report."""
+
+    def __post_init__(self) -> None:
+        if self.effect <= 0:
+            raise ValueError(f"effect={self.effect} must be > 0: the size of a difference, without its sign")
+        if not self.source.strip():
+            raise ValueError("source='' must say where the effect is published")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Resources:
     """`workers: auto` is one per core, or as many as the fractions of GPUs allow where there are GPUs."""
 
@@ -140,6 +158,7 @@ class Study:
     """Whole alternatives by name, each laid over `base`: the dimension `variant` of the space; see `sweeps.variants`."""
     search: Search = field(default_factory=Search)
     objectives: list[Objective] = field(default_factory=lambda: [Objective(metric=schema.BITS_PER_BYTE)])
+    expects: Expects | None = None
     constraints: list[str] = field(default_factory=list)
     """What a cell must keep to; see `sweeps.constraints`."""
     pruner: Pruner = field(default_factory=Pruner)

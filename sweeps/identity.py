@@ -13,8 +13,8 @@ from research.errors import ConfigError
 from sweeps import schema
 from sweeps.study import Study
 
-MAY_CHANGE = ("resources.", "search.trials")
-"""The means, and the total number of trials; everything else is the question."""
+MAY_CHANGE = ("resources.", "search.trials", "expects")
+"""The means, the total number of trials, and what is expected, which changes no run; everything else is the question."""
 
 
 def refuse_another_study(study: Study, root: Path) -> None:
@@ -35,7 +35,7 @@ def refuse_another_study(study: Study, root: Path) -> None:
         raise ConfigError(
             f"{path}: is of another study; changed since (old -> new):",
             *(f"  {line}" for line in changed),
-            f"only {' and '.join(name.rstrip('.') for name in MAY_CHANGE)} may change; give the study another name or --root, or remove {root}",
+            f"only {', '.join(name.rstrip('.') for name in MAY_CHANGE)} may change; give the study another name or --root, or remove {root}",
         )
 
 

@@ -9,6 +9,7 @@ from reports.claims.closed import CLOSED, Ours
 from reports.claims.measured import RULES, Measured, measure
 from reports.claims.published import Claim, Tolerance, published
 from reports.claims.studies import Study
+from reports.statistics import MOST_SEEDS, seeds_needed, smallest_effect
 from sweeps import schema
 
 REPRODUCED, CLOSE, MISSED = "reproduced", "close", "missed"
@@ -169,7 +170,7 @@ def _measured_row(section: str, claim: Claim, answer: Measured) -> Row:
         error=error,
         tolerance=_measured_tolerance(claim, tolerance),
         verdict=measured_verdict(claim.reading, answer, tolerance),
-        rests_on=_rests_on(answer),
+        rests_on="; ".join([*_rests_on(answer), *_would_take(claim, answer)]),
         study=answer.study.name,
     )
 
@@ -203,7 +204,27 @@ def _difference_text(answer: Measured) -> str:
     return absolute if relative is None else f"{100 * relative[0]:+.2f} % ({absolute})"
 
 
-def _rests_on(answer: Measured) -> str:
+def _would_take(claim: Claim, answer: Measured) -> list[str]:
+    """Of a direction that the study cannot show: from which size on it would, and how many seeds the published one would take.
+
+    The published size is the relative difference that is printed, else what the study's file expects.
+    """
+    effect = answer.effect
+    if claim.reading != "lower" or effect.shown or not effect.spread or not effect.freedom:
+        return []
+    least = smallest_effect(effect.spread, effect.seeds, effect.freedom, effect.comparisons)
+    found = [f"too few seeds to show less than {words.amount(words.number(least), answer.metric)}"]
+    size = None if answer.metric != schema.BITS_PER_BYTE else answer.study.expected
+    if claim.pair is not None:
+        size = abs(claim.pair[0] / claim.pair[1] - 1) * answer.reference
+    if size and size < least:
+        seeds = seeds_needed(size, effect.spread, effect.comparisons)
+        what = "the published difference" if claim.pair is not None else "the expected effect"
+        found.append(f"{what}, {words.number(size)} here, would take {f'{seeds} seeds' if seeds else f'over {MOST_SEEDS} seeds'}")
+    return found
+
+
+def _rests_on(answer: Measured) -> list[str]:
     ours, theirs = answer.ours, answer.theirs
     parts = [f"study {answer.study.name}: {ours.name} against {theirs.name}", words.seeds_words(answer.effect.seeds)]
     if answer.study.tokens:
@@ -212,7 +233,7 @@ def _rests_on(answer: Measured) -> str:
         a, b = (_mean(v, metric) for v in (ours, theirs))
         if a and b and abs(a / b - 1) >= words.WORTH_SAYING:
             parts.append(f"{100 * (a / b - 1):+.0f} % {name}")
-    return "; ".join(parts)
+    return parts
 
 
 def _mean(variant: Any, metric: str) -> float | None:

@@ -48,6 +48,8 @@ class Study:
     name: str
     variants: tuple[Trained, ...]
     tokens: int | None
+    expected: float | None = None
+    """The effect in bits per byte that the study's file expects, where that is its objective."""
 
     def effect(self, metric: str, ours: Trained, theirs: Trained) -> Effect | None:
         """`ours` minus `theirs` over common seeds, among all variants of the study (so Holm's correction is the study's)."""
@@ -93,7 +95,7 @@ def from_record(record: StudyRecord) -> Study:
                     metrics=metrics,
                 )
             )
-    return Study(name=record.name, variants=tuple(variants), tokens=_base_tokens(record.study))
+    return Study(name=record.name, variants=tuple(variants), tokens=_base_tokens(record.study), expected=_expected(record.study))
 
 
 def from_report(folder: Path) -> Study:
@@ -103,7 +105,7 @@ def from_report(folder: Path) -> Study:
     with source.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     try:
-        return Study(name=str(study["name"]), variants=tuple(_variants(study, rows)), tokens=_base_tokens(study))
+        return Study(name=str(study["name"]), variants=tuple(_variants(study, rows)), tokens=_base_tokens(study), expected=_expected(study))
     except (KeyError, ValueError) as error:
         raise DataError(f"{source}: is not what `python -m reports build` writes ({type(error).__name__}: {error})") from error
 
@@ -148,6 +150,12 @@ def _model(study: dict[str, Any], settings: dict[str, Any]) -> Model:
 def _base_tokens(study: dict[str, Any]) -> int | None:
     found = ((study.get("base") or {}).get("training") or {}).get("train_tokens")
     return None if found is None else int(found)
+
+
+def _expected(study: dict[str, Any]) -> float | None:
+    first = (study.get("objectives") or [{"metric": schema.BITS_PER_BYTE}])[0]
+    found = (study.get("expects") or {}).get("effect")
+    return None if found is None or first["metric"] != schema.BITS_PER_BYTE else float(found)
 
 
 def pairs(

@@ -16,6 +16,7 @@ from reports import document, verdict
 from reports.__main__ import main
 from reports.analysis import analyse, pareto
 from reports.build import build
+from reports.charts import MOST_POINTS
 from reports.comparison import compare_records
 from reports.figures import importance_bars
 from reports.overview import overview
@@ -155,6 +156,19 @@ def test_files_of_an_earlier_report_go_and_files_of_others_stay(write_store, tmp
     assert (tmp_path / "precious").exists()
     assert "Not shown. Loss curves: no run has recorded any." in text
     assert "Not shown. Expert load: no run has left a routing trace." in text
+
+
+def test_a_report_of_many_long_runs_stays_small(write_store, tmp_path):
+    """Ten times the records of `whole`: the lines keep as many points, both ends among them, and say that they are thinned."""
+    root = untraced(write_store(tmp_path / "s", seeds=(0, 1), records=1500))
+    place = build(root).html.parent
+    rows = [
+        r for r in csv.DictReader((place / "data" / "loss-curves.csv").open()) if r["panel"].startswith("training loss") and r["series"] == "M = 2"
+    ]
+    assert len(rows) == MOST_POINTS
+    assert float(rows[-1]["x"]) == 0.15
+    assert f"Of each line {MOST_POINTS} points are kept; the runs' metrics.jsonl hold all." in (place / "report.md").read_text()
+    assert sum(map(len, files(place).values())) < 1_200_000
 
 
 def test_heat_maps_count_what_the_trace_holds(whole):

@@ -27,7 +27,7 @@ def told(path: Path) -> list[str]:
     return list(caught.value.problems)
 
 
-def test_fifteen_mistakes_in_one_file_are_fifteen_sentences(study: StudyWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sixteen_mistakes_in_one_file_are_sixteen_sentences(study: StudyWriter, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     path = study(
@@ -39,6 +39,7 @@ def test_fifteen_mistakes_in_one_file_are_fifteen_sentences(study: StudyWriter, 
         constraints=["kv_bytes <= 4096", "kv_cache <= 4096", "device_violation << 2"],
         pruner={"kind": "median", "patience": 3},
         seeds=[1, 1],
+        expects={"effect": -0.01, "source": "a paper"},
         budget={"matched": "training_flops", "adjust": "training.tokens"},
         retune={"factors": [1.0]},
         resources={"gpus": "required", "cpus_per_worker": 0},
@@ -60,6 +61,7 @@ def test_fifteen_mistakes_in_one_file_are_fifteen_sentences(study: StudyWriter, 
         "pruner: {'patience': 3}": "startup_trials",
         "pruner.kind = 'median'": "2 objectives",
         "seeds = [1, 1]": "distinct",
+        "expects: effect=-0.01": "> 0",
         "budget.adjust = 'training.tokens'": "did you mean 'training.train_tokens'?",
         "retune: factors=[1.0]": "at least two",
         "resources: cpus_per_worker=0": ">= 1",

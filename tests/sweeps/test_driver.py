@@ -7,6 +7,7 @@ from typing import Any
 
 import optuna
 import pytest
+import yaml
 from conftest import STANDIN, computed
 from mlflow import MlflowClient
 from standin import bits_per_byte
@@ -101,6 +102,9 @@ def test_a_changed_study_is_refused_with_the_difference(study: StudyWriter, loca
     assert result.exit_code == 1
     assert "train_tokens: 2048 -> 4096" in str(result.exception)
     assert CliRunner().invoke(app, ["run", str(path), "--set", "resources.workers=1", *base]).exit_code == 0
+    # What is expected changes no run, and the report reads it where the study lies.
+    assert CliRunner().invoke(app, ["run", str(path), "--set", "expects={effect: 0.01, source: a paper}", *base]).exit_code == 0
+    assert yaml.safe_load((local / "small" / schema.STUDY_FILE).read_text())["expects"] == {"effect": 0.01, "source": "a paper"}
 
 
 def test_a_bug_in_one_run_does_not_stop_the_others(study: StudyWriter, local: Path) -> None:
