@@ -7,6 +7,8 @@ from typing import Any
 
 from research.errors import ConfigError
 
+LOCAL_TRIES = 3
+
 
 def token_of_its_own() -> None:
     """For the local Ray of this process, so that Ray leaves none in the user's home: with one there the next `ray start`
@@ -16,7 +18,10 @@ def token_of_its_own() -> None:
 
 
 def connect(ray: Any, address: str | None) -> None:
-    """To the cluster at `address` ($RAY_ADDRESS, which a Ray job has), else to a local one that ends with this process."""
+    """To the cluster at `address` ($RAY_ADDRESS, which a Ray job has), else to a local one that ends with this process.
+
+    ConfigError if none answers at `address`, or if no local one starts.
+    """
     if address and address.startswith(("http://", "https://")):
         raise ConfigError(f"RAY_ADDRESS = {address!r}: is a dashboard's address, for `python -m sweeps submit`; `run` needs host:port or auto")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -25,7 +30,15 @@ def connect(ray: Any, address: str | None) -> None:
     if not address:
         # "local", not Ray's own guess: that is the last cluster that was started here, dead or alive.
         place = {"address": "local", "include_dashboard": False}
-    try:
-        ray.init(**place, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"RAY_ADDRESS = {address!r}: no Ray cluster answers there ({str(error).splitlines()[0]})") from error
+    for left in reversed(range(1 if address else LOCAL_TRIES)):
+        try:
+            ray.init(**place, log_to_driver=False, logging_level=logging.ERROR)
+            return
+        except Exception as error:
+            # Ray gives its own processes 30 s, after which it raises a plain Exception: too little on a machine that is busy.
+            ray.shutdown()
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if address:
+                raise ConfigError(f"RAY_ADDRESS = {address!r}: no Ray cluster answers there ({said})") from error
+            if not left:
+                raise ConfigError(f"no Ray of its own can be started here, in {LOCAL_TRIES} tries ({said}); `python -m sweeps doctor`") from error
