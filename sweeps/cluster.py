@@ -82,6 +82,7 @@ class RayExecutor:
             raise ConfigError("resources.gpus = 'required': this Ray has no GPU; use gpus: auto, or a cluster that has some")
         self._gpus = resources.gpus_per_worker if has_gpus and resources.gpus != "none" else 0.0
         self._slots: list[_Slot] = []
+        self._closed = False
         self._told: list[Event] = []
         self._bad_starts, self._ever_started, self._resized, self._late = 0, False, 0.0, 0
         self._refuse_too_many()
@@ -147,6 +148,9 @@ class RayExecutor:
         self._resize()
 
     def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
         for slot in self._slots:
             self._end(slot)
         self._ray.shutdown()

@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,7 @@ class Driver:
         if not prepared:
             self._prepare()
         self._write_state("running")
+        self.outbox.open()  # while Ray starts, which is mostly waiting
         try:
             executor = self.make_executor(self.study, self.book.planned)
         except SystemExit:
@@ -140,7 +142,7 @@ class Driver:
             self._now_and_then(executor)
             if not self.book.running and (self.stopping or not (self.trials.queue or self.trials.paused or self.trials.fill())):
                 break
-        return self._end()
+        return self._end(executor)
 
     def _now_and_then(self, executor: Executor) -> None:
         """What is due by the clock: the state, MLflow, another number of workers."""
@@ -254,7 +256,7 @@ class Driver:
 
     # --- what is told of it ---------------------------------------------------------------------------------------------------
 
-    def _end(self) -> str:
+    def _end(self, executor: Executor | None = None) -> str:
         if not self.halt and not self.stopping:
             self.trials.tell_rest()
         if self.halt:
@@ -266,7 +268,11 @@ class Driver:
             state = "finished-with-failures" if self.book.failures.total() else "finished"
         # First of all: `ray job stop` kills three seconds after it asks, and a tracker may take longer to answer.
         self._write_state(state)
-        self.outbox.finish(state)
+        with ThreadPoolExecutor(1) as beside:
+            finishing = beside.submit(self.outbox.finish, state)
+            if executor is not None:
+                executor.close()  # a second or two of waiting for Ray's processes
+            finishing.result()
         self._write_state(state)
         return state
 

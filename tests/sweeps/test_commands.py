@@ -213,14 +213,13 @@ def test_retry_puts_back_by_class_and_by_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_what_failed_is_put_back_and_finished_and_a_running_study_is_stopped(study: StudyWriter, sweeps: Sweeps) -> None:
-    sweeps.environment["MLFLOW_TRACKING_URI"] = "http://127.0.0.1:9"  # nobody there: no database has to be made
     path, inline = study(seeds=[0]), ["--executor", "inline", "--function", STANDIN]
     sweeps.steer("bug", "001-0")
     code, output = sweeps.call("run", path, *inline)
     assert code == 3, output
     assert sweeps.summaries()["001-0"]["state"] == "failed"
     (sweeps.root / "bug").unlink()
-    sweeps.steer("slow", "2.0")
+    sweeps.steer("slow", "3.0")
     process = sweeps.start("retry", "small", "--class", "bug", "--run-now", *inline)
     sweeps.await_steps("001-0", 3)
     code, output = sweeps.call("stop", "small", "--wait", "--json")
