@@ -15,6 +15,7 @@ from sims import AllToAll
 from sweeps import schema
 from sweeps.budget import Budget, Match, match, with_values
 from sweeps.constraints import Constraint, parse
+from sweeps.places import MOST_LETTERS, is_name
 from sweeps.pruning import Pruner
 from sweeps.quantities import QUANTITIES
 from sweeps.retune import Retune, with_rate
@@ -25,7 +26,6 @@ __all__ = ["METRICS", "Objective", "Range", "Resources", "Search", "SimulatedClu
 
 _FORBID_UNKNOWN: Any = {"extra": "forbid", "allow_inf_nan": False}
 
-MOST_LETTERS = 100
 LARGEST_SEED = 2**32 - 1
 METRICS = sorted(value for name, value in vars(schema).items() if name.isupper() and isinstance(value, str) and value.split("/")[0] in
                  ("train", "routing", "validation", "model", "simulation", "reference", "parallel") and "/" in value)  # fmt: skip
@@ -245,7 +245,7 @@ class Study:
 def own_problems(name: Any, question: Any, seeds: Any, metrics: list[Any]) -> list[str]:
     """What is wrong with values that are right in type; others are passed over."""
     found = []
-    if isinstance(name, str) and not (name and name[0] != "-" and len(name) <= MOST_LETTERS and all(c.isalnum() or c in "-_" for c in name)):
+    if isinstance(name, str) and not is_name(name):
         found.append(f"name = {name!r}: must be 1 to {MOST_LETTERS} letters, digits, - and _, no - in front: it names a directory")
     if isinstance(question, str) and not question.strip():
         found.append("question = '': must say what is asked: it stands at the head of the report")

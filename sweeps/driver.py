@@ -19,7 +19,7 @@ from research import config as run_config
 from research.atomic import NO_ROOM, write_text
 from research.configfile import load_run_config
 from research.data.prepare import prepare
-from research.errors import ConfigError, DiskFull
+from research.errors import ConfigError, DiskFull, UserError
 from sweeps import retune, schema
 from sweeps.book import RUNNING, Book, OpenRun, read_json
 from sweeps.control import asked_workers
@@ -60,8 +60,11 @@ class Driver:
         self._wrote = self._synced = 0.0
 
     def run(self) -> str:
-        """Until everything is done, or until a signal asks to stop.  StudyBusyError, ConfigError, DataError, DiskFull."""
-        self.root.mkdir(parents=True, exist_ok=True)
+        """Until everything is done, or until a signal asks to stop.  StudyBusyError, ConfigError, DataError, DiskFull, UserError."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.root}: cannot be a study's directory ({error.strerror}); give another --root or MOELAB_HOME") from error
         with lease(self.root):
             refuse_another_study(self.study, self.root)
             self._refuse_groups()

@@ -103,6 +103,7 @@ def test_init_writes_a_study_that_is_right_and_never_overwrites(tmp_path: Path) 
     assert code == 1
     assert "is there already" in error
     assert path.read_text() == "mine"
+    assert invoke("init", "--folder", tmp_path, "--", "-latent")[0] == 1
     code, _, error = invoke("init", "a/b", "--folder", tmp_path)
     assert code == 1
     assert "NAME = 'a/b'" in error

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from standin import bits_per_byte
 from typer.testing import CliRunner
 
-from research.errors import DataError
+from research.errors import DataError, UserError
 from sweeps import schema, search
 from sweeps.__main__ import app
 from sweeps.driver import Driver
@@ -331,3 +331,11 @@ def test_the_store_is_reached_while_workers_start_and_closed_while_they_end(stud
     monkeypatch.setattr("sweeps.tracking.Tracker.sync", lambda self, runs, **_: None)
     monkeypatch.setattr(Outbox, "finish", finish)
     assert drive(study(seeds=[0]), local / "small", executor=lambda study, runs: Slow()) == "finished"
+
+
+def test_a_root_that_cannot_be_is_refused_in_a_sentence(study: StudyWriter, local: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for root in (tmp_path / "file", tmp_path / "file" / "inside"):
+        with pytest.raises(UserError, match=r"file.*: cannot be a study's directory \(.*--root"):
+            drive(study(), root)
+    assert (tmp_path / "file").read_text() == "mine"
