@@ -37,7 +37,7 @@ def refused(*arguments):
         (
             "nic_bytes_per_second: {value: 47.5e9,",
             "nic_bytes_per_second: {value: true,",
-            "nic_bytes_per_second.value = True: input should be a number",
+            "nic_bytes_per_second.value = True: expected a number",
         ),
         ("way per GPU, basis: physical", "way per GPU, basis: logical", "nvlink_bytes_per_second.basis='logical': must be physical"),
     ],
@@ -122,7 +122,7 @@ def test_a_sweep_may_vary_what_its_defaults_would_not_allow(tmp_path):
 
 
 def test_true_is_no_number():
-    with pytest.raises(ConfigError, match="all-to-all: nodes = True: input should be a number"):
+    with pytest.raises(ConfigError, match="all-to-all: nodes = True: expected a number"):
         question({}, None, None, ["nodes=true"])
     with pytest.raises(ConfigError, match=r"speed\.3 = True"):
         training_step_spec({}, ["speed.3=true"])

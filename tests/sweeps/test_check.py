@@ -254,7 +254,7 @@ def test_numbers_with_an_exponent_are_numbers(study: StudyWriter) -> None:
         ({"name": "x" * 200}, ["name = 'xxx", "1 to 100"]),
         ({"resources": {"gpus_per_worker": 1.5}}, ["gpus_per_worker=1.5", "whole number"]),
         ({"resources": {"workers": 4000}}, ["resources.workers = 4000", "there is room for", "RAY_ADDRESS"]),
-        ({"resources": {"cpus_per_worker": 4000}}, ["resources: cpus_per_worker = 4000", "RAY_ADDRESS"]),
+        ({"resources": {"cpus_per_worker": 4000}}, ["resources.cpus_per_worker = 4000", "RAY_ADDRESS"]),
     ],
 )
 def test_what_was_let_through_once_is_named(study: StudyWriter, changes: dict[str, Any], words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
