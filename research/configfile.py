@@ -123,7 +123,7 @@ def _misread(hint: Any, value: Any, path: str = "") -> Iterator[str]:
             yield f"{path} = {value}: expected a number (YAML reads yes, on and true as {value})"
     elif isinstance(value, dict):
         owner = _dataclass_in(hint)
-        for key in [key for key in value if not isinstance(key, str) and owner]:
+        for key in [key for key in value if owner and not (isinstance(key, str) and key)]:
             del value[key]
             read = " (YAML reads on, off, yes and no as true and false: quote it)" if isinstance(key, bool) else ""
             yield f"{path or '(whole)'}: the key {key!r} is no word{read}"
@@ -163,7 +163,7 @@ def apply_overrides(mapping: Mapping[str, Any], overrides: Iterable[str]) -> dic
     result = _copy(mapping)
     for override in overrides:
         path, equals, text = override.partition("=")
-        if not equals or not path:
+        if not equals or not all(path.strip().split(".")):
             raise ConfigError(f"--set {override}: expected path=value, such as model.moe.device_limit=2")
         try:
             set_path(result, path.strip(), parse_yaml(text))

@@ -216,6 +216,7 @@ RATE = "training.optimizer.learning_rate"
         ("name: small", "name: small\non: 3", ["the key True", "quote it"]),
         ("batch_size: 4", "batch_size: yes", ["training.batch_size = True", "expected a number"]),
         ("- 1", "- on", ["seeds.1 = True", "expected a number"]),
+        ("name: small", "name: small\n'': 3", ["the key '' is no word"]),
         ("name: small", "name: small\na: &a [*a]", ["contains itself"]),
         ("preset: deepseek-v2-nano", "preset: [deepseek-v2-nano]", ["model.preset = ['deepseek-v2-nano']", "did you mean 'deepseek-v2-nano'?"]),
     ],
@@ -228,6 +229,13 @@ def test_oddities_of_yaml_are_mistakes_in_one_line(study: StudyWriter, old: str,
     assert not any("\n" in problem for problem in found)
     path.write_text("# nothing yet\n")
     assert told(path) == [f"{path}: is empty, expected a mapping of keys to values"]
+
+
+@pytest.mark.parametrize("override", ["base..x=1", ".=1", "=3", "seeds", "seeds=[0", "space.=[1]"])
+def test_an_override_that_is_none_is_refused(study: StudyWriter, override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_study(study(), [override])
+    assert override.partition("=")[0] in str(caught.value)
 
 
 def test_numbers_with_an_exponent_are_numbers(study: StudyWriter) -> None:

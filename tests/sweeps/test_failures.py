@@ -154,10 +154,11 @@ class KillingNode(InlineExecutor):
 
 
 def test_a_worker_that_the_node_killed_for_its_memory_goes_on_with_half(study: StudyWriter, local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error is Ray's own, which with max_restarts=0 is raised for an actor that its memory monitor killed."""
+    """The error is Ray's own, and says what ray 2.60 said of an actor that its memory monitor had killed (RAY_memory_usage_threshold just
+    above what was in use, a trial that takes more).  Provoked for good it would depend on what else the machine is doing."""
     import ray
 
-    said = "Task was killed due to the node running low on memory.\nMemory on the node was 7.5GB / 7.7GB (0.97), above the threshold of 0.95."
+    said = "1 worker(s) were killed due to the node running low on memory.\nMemory on the node was 2.61GB used / 23.54GB limit (0.110690)"
     error = ray.exceptions.OutOfMemoryError(said)
     monkeypatch.setattr(RayExecutor, "_all_nodes_live", lambda *_: True)
     root = local / "small"

@@ -96,14 +96,15 @@ class Node:
 
 def test_workers_come_and_go_and_a_killed_node_is_not_charged(sweeps_on_ray: Sweeps, study: StudyWriter, session_home: Path) -> None:
     sweeps = sweeps_on_ray
-    sweeps.steer("slow", "10")
+    sweeps.steer("slow", "0.3")
     driver, node = sweeps.start("run", study(), "--function", STANDIN), None
     try:
         sweeps.await_steps("000-0", 1)
         sweeps.await_steps("000-1", 1)
+        sweeps.steer("slow", "60")
         node = Node(sweeps, session_home)
         await_(lambda: sweeps.state()["workers"] == 4, 90, "the workers of the second node")
-        sweeps.await_steps("001-0", 1)  # there, since the first two are busy
+        await_(lambda: attempts(sweeps, "001-0") != [], 90, "a run there, since the first two are busy")
         sweeps.steer("slow", "0.5")
         sweeps.await_steps("001-0", 6)
         node.kill()
