@@ -6,9 +6,11 @@ its errors into sentences with the path, the value and the nearest valid key.
 
 import dataclasses
 import difflib
+import functools
 import re
+import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -33,16 +35,47 @@ class _Unique(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Unique.add_implicit_resolver(  # YAML 1.1 takes 1e-3 and 2.5e4 for words; everybody else takes them for numbers
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value in a YAML text; ValueError, in one line with line and column, if it is none."""
+    try:
+        value = yaml.load(text, _Unique)
+        if _contains_itself(value, ()):
+            raise ValueError("an anchor contains itself")
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+        said = ", ".join(filter(None, (error.context, error.problem)))
+        tab = "; YAML is indented with spaces" if "'\\t'" in said else ""
+        raise ValueError(f"{where}{said}{tab}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    return value
+
+
+def _contains_itself(value: Any, around: tuple[int, ...]) -> bool:
+    if id(value) in around:
+        return True
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(_contains_itself(item, (*around, id(value))) for item in items)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; ConfigError with line and column if it is none."""
+    """The mapping in a YAML file; ConfigError, with line and column where there are such, if it is none."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
     try:
-        value = yaml.load(text, _Unique)
-    except yaml.YAMLError as error:
+        value = parse_yaml(text)
+    except ValueError as error:
         raise ConfigError(f"{path}: is not valid YAML: {error}") from error
+    if value is None:
+        raise ConfigError(f"{path}: is empty, expected a mapping of keys to values")
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: holds a {type(value).__name__}, expected a mapping of keys to values")
     return value
@@ -54,7 +87,8 @@ def validate(cls: type[T], mapping: Mapping[str, Any], source: str) -> T:
     A value of the wrong type hides what only makes sense together, so what was found is put aside and the rest is
     looked at again.
     """
-    rest, problems = _copy(mapping), list[str]()
+    rest = _copy(mapping)
+    problems = [f"{source}: {sentence}" for sentence in _misread(cls, rest)]
     gone, removed = set[tuple[str, ...]](), set[str]()
     for _ in range(ROUNDS):
         try:
@@ -71,8 +105,6 @@ def validate(cls: type[T], mapping: Mapping[str, Any], source: str) -> T:
         removed |= {path[-1] for path in taken}
         if not taken:
             break
-    if not problems:
-        problems = [f"{source}: {path} = {given!r}: input should be a number, not true or false" for path, given in _booleans(value, mapping)]
     if problems:
         raise ConfigError(*_joined(problems))
     return value
@@ -81,18 +113,32 @@ def validate(cls: type[T], mapping: Mapping[str, Any], source: str) -> T:
 ROUNDS = 4
 
 
-def _booleans(value: Any, given: Any, path: str = "") -> list[tuple[str, bool]]:
-    """Where `given` holds true or false and `value` made a number of it, which pydantic does without a word."""
-    if isinstance(given, bool):
-        return [(path, given)] if isinstance(value, int | float) and not isinstance(value, bool) else []
-    pairs: list[tuple[Any, Any, Any]] = []
-    if isinstance(given, Mapping):
-        # Keys of a dict may have become numbers, in the same order; those of a dataclass are its fields.
-        made = value.values() if isinstance(value, Mapping) else [getattr(value, str(key), None) for key in given]
-        pairs = [(key, one, item) for (key, item), one in zip(given.items(), made, strict=False)]
-    elif isinstance(given, list | tuple) and isinstance(value, list | tuple):
-        pairs = [(i, one, item) for i, (one, item) in enumerate(zip(value, given, strict=False))]
-    return [found for key, one, item in pairs for found in _booleans(one, item, f"{path}.{key}" if path else str(key))]
+def _misread(hint: Any, value: Any, path: str = "") -> Iterator[str]:
+    """What YAML made of a word and no type refuses: true for a number, and keys that are no words; those are taken out."""
+    if hint is None or hint is Any:
+        return
+    if isinstance(value, bool):
+        kinds = {hint, *(typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else ())}
+        if kinds & {int, float} and not kinds & {bool, Any}:
+            yield f"{path} = {value}: expected a number (YAML reads yes, on and true as {value})"
+    elif isinstance(value, dict):
+        owner = _dataclass_in(hint)
+        for key in [key for key in value if not isinstance(key, str) and owner]:
+            del value[key]
+            read = " (YAML reads on, off, yes and no as true and false: quote it)" if isinstance(key, bool) else ""
+            yield f"{path or '(whole)'}: the key {key!r} is no word{read}"
+        hints = _hints(owner) if owner else {}
+        others = typing.get_args(hint)[-1:] if typing.get_origin(hint) is dict else ()
+        for key, item in value.items():
+            yield from _misread(hints.get(key, *others or (None,)), item, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _misread(next(iter(typing.get_args(hint)), None), item, f"{path}.{index}")
+
+
+@functools.lru_cache(maxsize=256)
+def _hints(owner: Any) -> dict[str, Any]:
+    return typing.get_type_hints(owner)
 
 
 def _remove(mapping: dict[str, Any], path: tuple[str, ...]) -> bool:
@@ -120,9 +166,9 @@ def apply_overrides(mapping: Mapping[str, Any], overrides: Iterable[str]) -> dic
         if not equals or not path:
             raise ConfigError(f"--set {override}: expected path=value, such as model.moe.device_limit=2")
         try:
-            set_path(result, path.strip(), yaml.safe_load(text))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {override}: {text!r} is not valid YAML") from error
+            set_path(result, path.strip(), parse_yaml(text))
+        except ValueError as error:
+            raise ConfigError(f"--set {override}: {text!r} is not valid YAML: {error}") from error
     return result
 
 
@@ -169,7 +215,7 @@ def resolve_model(model: Any, source: str) -> dict[str, Any]:
     if "preset" not in model:
         return _copy(rest)
     name = model["preset"]
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(f"{source}: model.preset = {name!r}: no such preset{nearest(str(name), PRESETS)}")
     return merge(dataclasses.asdict(preset(name)), rest)
 
@@ -239,7 +285,13 @@ def _sentence(cls: Any, item: Any, source: str) -> str:
         return f"{source}: {path} = {value!r}: unknown key{hint}"
     if item["type"] in ("missing", "missing_argument"):
         return f"{source}: {path}: is missing and has no default"
-    message = cast(str, item["msg"]).removeprefix("Value error, ")
+    message = _plain(cast(str, item["msg"]).removeprefix("Value error, "))
     if item["type"] == "value_error":
         return f"{source}: {path}: {message}" if path else f"{source}: {message}"
     return f"{source}: {path} = {value!r}: {message[0].lower() + message[1:]}"
+
+
+def _plain(message: str) -> str:
+    """pydantic's sentence in words of YAML."""
+    message = re.sub(r"a (valid )?dictionary( or an instance of \w+)?", "a mapping of keys to values", message)
+    return re.sub(r"a valid (tuple|list)", "a list", message)

@@ -16,8 +16,8 @@ from research.parallel.traffic import COMBINE, COMBINE_BACKWARD, DISPATCH, DISPA
 from sims.placement import Placement
 from sims.traffic import Traffic, traffic_of
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8, "auto": 4}
-"""Of a token's element on the way: activations are float32 but under autocast."""
+ITEM_BYTES = {"float32": 4, "bfloat16": 4, "float64": 8, "auto": 4}
+"""Of a token's element on the way: under autocast, too, what stands between the products is float32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -40,6 +40,10 @@ class Move:
     """Per GPU, `nvlink_physical`, `nvlink_logical`, `infiniband_physical`, `infiniband_logical`: bytes of the average GPU over P50."""
 
 
+PRINTED_GPUS = 1024
+"""Of a byte matrix that is written as JSON: one of 4,096 GPUs is 17 million numbers, gigabytes of memory for whoever reads them."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
     """All four moves of one MoE layer; bytes and matrices of one expert-parallel group, of which there are `groups` alike."""
@@ -105,12 +109,12 @@ class Result:
         return self.phases()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; times as {"p10", "p50", "p90"}."""
+        """Plain values for JSON; times as {"p10", "p50", "p90"}.  Matrices of more than `PRINTED_GPUS` GPUs are null."""
         value = {name: getattr(self, name) for name in self.__slots__ if name != "phases"}
         for name in ("dispatch", "combine", "backward_combine", "backward_dispatch"):
             value[name] = asdict(value[name])
         for name in ("nvlink_matrix", "infiniband_matrix"):
-            value[name] = value[name].tolist()
+            value[name] = value[name].tolist() if len(value[name]) <= PRINTED_GPUS else None
         value["formulas"] = {name: dict(formula) for name, formula in self.formulas.items()}
         value |= {"dispatch_seconds": asdict(self.dispatch_seconds), "combine_seconds": asdict(self.combine_seconds)}
         value |= {"notify_seconds": asdict(self.dispatch.notify_seconds), "seconds": self.seconds}

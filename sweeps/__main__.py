@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,6 +33,7 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="path=value over the file, such as seeds=[0] or base.training.train_tokens=200000")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object instead of text")]
+DriveAsJson = Annotated[bool, typer.Option("--json", help="Progress goes to stderr; in the end what `status --json` says, as one JSON object")]
 ExecutorName = Annotated[str, typer.Option("--executor", help="ray, or inline: no Ray, one run after another in this process")]
 Function = Annotated[str, typer.Option(hidden=True)]
 REAL = "sweeps.trial:run_trial"
@@ -114,20 +115,34 @@ def plan(study: StudyFile, root: Root = None, overrides: Overrides = None, as_js
 
 
 @app.command()
-def run(study: StudyFile, root: Root = None, overrides: Overrides = None, executor: ExecutorName = "ray", function: Function = REAL) -> None:
+def run(
+    study: StudyFile,
+    root: Root = None,
+    overrides: Overrides = None,
+    executor: ExecutorName = "ray",
+    function: Function = REAL,
+    as_json: DriveAsJson = False,
+) -> None:
     """Run a study, or go on with it.  Example: python -m sweeps run sweeps/studies/quickstart.yaml"""
     from sweeps.study import load_study
 
     if executor not in ("ray", "inline"):
         raise typer.BadParameter(f"{executor!r} is neither 'ray' nor 'inline'", param_hint="--executor")
     loaded = load_study(study, overrides or [])
-    _drive(loaded, _root(loaded, root), executor, function)
+    _drive(loaded, _root(loaded, root), executor, function, {} if as_json else None)
 
 
 @app.command()
-def resume(study: StudyFile, root: Root = None, overrides: Overrides = None, executor: ExecutorName = "ray", function: Function = REAL) -> None:
+def resume(
+    study: StudyFile,
+    root: Root = None,
+    overrides: Overrides = None,
+    executor: ExecutorName = "ray",
+    function: Function = REAL,
+    as_json: DriveAsJson = False,
+) -> None:
     """The same as run: what is finished stays, what was interrupted goes on.  Example: python -m sweeps resume sweeps/studies/quickstart.yaml"""
-    run(study, root, overrides, executor, function)
+    run(study, root, overrides, executor, function, as_json)
 
 
 @app.command()
@@ -152,7 +167,7 @@ def submit(
         print(f"submitted {job.submission}; its studies are in {home()}")
         print(f"follow it:  {token}ray job logs --address {address} --follow {job.submission}")
         print(f"end it:     {token}ray job stop --address {address} {job.submission}", flush=True)
-    if wait and (code := job.follow()):
+    if wait and (code := job.follow(sys.stderr if as_json else sys.stdout)):
         raise typer.Exit(code)
 
 
@@ -234,21 +249,25 @@ def retry(
     wanted = classes or [kind for kind in schema.FAILURE_CLASSES if kind != schema.DIVERGED]
     back = reset_runs(root, wanted, runs)
     following = f"python -m sweeps run {root / schema.STUDY_FILE} --root {root}"
-    if as_json:
-        print(json.dumps({"root": str(root), "classes": wanted, "runs": back, "next": following if back and not run_now else None}), flush=True)
-    elif back:
+    going_on = bool(back) and run_now
+    said = {"root": str(root), "classes": wanted, "runs": back, "next": following if back and not run_now else None}
+    if as_json and not going_on:
+        print(json.dumps(said), flush=True)
+    elif back and not as_json:
         print(f"{len(back)} runs are put back: {', '.join(back)}" + ("" if run_now else f"\ngo on:  {following}"), flush=True)
-    else:
+    elif not as_json:
         print(f"{root}: no run failed as {', '.join(wanted)}; nothing to put back", flush=True)
-    if back and run_now:
+    if going_on:
         from sweeps.study import load_study
 
-        _drive(load_study(root / schema.STUDY_FILE), root, executor, function)
+        _drive(load_study(root / schema.STUDY_FILE), root, executor, function, {"put_back": back} if as_json else None)
 
 
 @app.command()
 def workers(
-    study: StudyName, number: Annotated[str, typer.Argument(metavar="NUMBER|auto", help="Of workers, from now on until the driver ends")]
+    study: StudyName,
+    number: Annotated[str, typer.Argument(metavar="NUMBER|auto", help="Of workers, from now on until the driver ends")],
+    as_json: AsJson = False,
 ) -> None:
     """Give a running study more or fewer workers.  Example: python -m sweeps workers quickstart 4"""
     from sweeps.control import set_workers
@@ -260,7 +279,9 @@ def workers(
     if not is_driven(root):
         raise UserError(f"{root}: is not running; `python -m sweeps run FILE --set resources.workers={number}` starts it with so many")
     set_workers(root, "auto" if number == "auto" else int(number))
-    print(f"{root}: asked for {number} workers")
+    print(
+        json.dumps({"root": str(root), "workers": number if number == "auto" else int(number)}) if as_json else f"{root}: asked for {number} workers"
+    )
 
 
 @app.command()
@@ -341,18 +362,24 @@ def _root(study: "Study", root: Path | None) -> Path:
     return (root or home() / "studies" / study.name).absolute()
 
 
-def _drive(study: "Study", place: Path, executor: str, function: str) -> None:
-    from sweeps.launch import drive
+def _drive(study: "Study", place: Path, executor: str, function: str, about: dict[str, Any] | None) -> None:
+    """`about`: what is said beside the status in the one JSON object at the end; None: in words."""
+    from sweeps.launch import drive, drive_for_json
 
-    if code := drive(study, place, executor, function):
+    code, said = drive_for_json(study, place, executor, function) if about is not None else (drive(study, place, executor, function), {})
+    if about is not None:
+        print(json.dumps({**said, **about, "exit_code": code}, indent=1, ensure_ascii=False), flush=True)
+    if code:
         raise typer.Exit(code)
 
 
 def main() -> None:
-    """The door: a UserError becomes its sentences on stderr and exit code 1."""
+    """The door: a UserError becomes its sentences on stderr and exit code 1; with --json they are an object on stdout too."""
     try:
         app()
     except UserError as error:
+        if "--json" in sys.argv[1:]:
+            print(json.dumps({"ok": False, "problems": list(error.problems)}, indent=1, ensure_ascii=False), flush=True)
         for problem in error.problems:
             print(problem, file=sys.stderr)
         sys.exit(1)

@@ -5,7 +5,9 @@ are looked at, each one of a design, and of a search the ends of every dimension
 """
 
 import dataclasses
+import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -13,10 +15,9 @@ from research import configfile
 from research.config import RunConfig
 from research.data import corpora
 from research.errors import ConfigError, DataError
-from research.presets import PRESETS
 from sims import load_cluster
 from sweeps import constraints, pruning, schema, variants
-from sweeps.budget import KNOBS, TOKENS, Budget
+from sweeps.budget import KNOBS, TOKENS, Budget, value_at
 from sweeps.check_cells import cell_problems
 from sweeps.definition import METRICS, Objective, Resources, Search, SimulatedCluster, Study, own_problems
 from sweeps.pruning import FINAL, Pruner
@@ -24,20 +25,29 @@ from sweeps.retune import RATE, Retune
 from sweeps.space import as_list, condition_problems, dimension_problems, may_be, value_problem
 
 T = TypeVar("T")
+ANY_TOKENS = 1_000_000
+"""For looking at cells beside a number of tokens that is none."""
+SEEDS = "seeds say with which seeds each variant is trained; write seeds: [...] instead"
 
 
 def problems(mapping: Mapping[str, Any], source: str, *, here: bool = True) -> list[str]:
     """All that is wrong with a study's mapping.  `here`: it is to run on this machine, whose GPUs count."""
-    found = [p.replace(": (whole): ", ": ", 1) for p in _shape_problems(mapping, source)]
+    found = _shape_problems(mapping, source)
     found += [f"{source}: {p}" for p in _section_problems(mapping, here=here)]
     base, base_problems = _base(mapping, source)
     found += base_problems
+    absent = [f"{source}: {p}" for p in _dense_problems(mapping, base)] if base is not None and not mapping.get("variants") else []
+    found += absent
     found += [f"{source}: {p}" for p in variants.problems(mapping)]
     found += [f"{source}: {p}" for p in _path_problems(_mapping(mapping, "space"), _mapping(mapping, "baseline"), _variants(mapping))]
-    study = _readable(mapping) if base is not None else None
+    found += [f"{source}: {p}" for p in _unshared(mapping)]
+    study = _readable(mapping) if base is not None and not absent else None
     if study is not None:
         found += [f"{source}: {p}" for p in cell_problems(study)]
-    return list(dict.fromkeys(found))
+    elif base is None and (repaired := _without_wrong_leaves(mapping, source)) is not None:
+        # Some leaf of base is wrong; what other cells than the baseline say is no consequence of that.
+        found += [f"{source}: {p}" for p in cell_problems(repaired) if p.startswith("space") and not re.search(r"cell \(baseline\)|budget\.", p)]
+    return list(dict.fromkeys(p.replace(": (whole): ", ": ", 1) for p in found))
 
 
 def _shape_problems(mapping: Mapping[str, Any], source: str) -> list[str]:
@@ -88,18 +98,18 @@ def _section_problems(mapping: Mapping[str, Any], *, here: bool) -> Iterator[str
         if isinstance(text, str) and (problem := _constraint_problem(text)):
             yield f"constraints.{index} = {text!r}: {problem}"
     cluster = mapping.get("cluster")
-    if isinstance(cluster, dict) and "file" in cluster:
+    if isinstance(cluster, dict) and isinstance(cluster.get("file"), str):
         try:
-            load_cluster(str(cluster["file"]))
+            load_cluster(cluster["file"])
         except ConfigError as error:
-            yield from error.problems
+            yield from (p.replace("cluster = ", "cluster.file = ", 1) for p in error.problems)
     space = _mapping(mapping, "space")
     yield from _pruner_problems(mapping, metrics)
     yield from _budget_problems(_section(Budget, mapping, "budget"), space)
     if mapping.get("retune") is not None and RATE in space:
         yield f"space.{RATE}: is searched and re-tuned at once; leave out retune, or take it out of the space"
-    if here and _mapping(mapping, "resources").get("gpus") == "required":
-        yield from _gpu_problems()
+    if here and not os.environ.get("RAY_ADDRESS"):
+        yield from _machine_problems(_section(Resources, mapping, "resources"), _mapping(mapping, "resources").get("gpus"))
 
 
 def _is_metric(metric: str) -> bool:
@@ -154,14 +164,26 @@ def _budget_problems(budget: Budget | None, space: Mapping[str, Any]) -> Iterato
         yield f"budget.adjust = {knob!r}: is searched over itself; adjust another setting{remedy}"
 
 
-def _gpu_problems() -> Iterator[str]:
-    """Where a Ray cluster is told of, its own GPUs count, which the workers' start checks."""
-    if os.environ.get("RAY_ADDRESS"):
-        return
-    import torch  # noqa: PLC0415  (seconds, and only this question needs it)
+def _machine_problems(resources: Resources | None, gpus: Any) -> Iterator[str]:
+    """What this machine has not.  Where a Ray cluster is told of, its own counts, which the workers' start checks."""
+    if resources is not None:
+        yield from _core_problems(resources, os.cpu_count() or 1)
+    if gpus == "required":
+        import torch  # noqa: PLC0415  (seconds, and only this question needs it)
 
-    if not torch.cuda.is_available():
-        yield "resources.gpus = 'required': torch sees no GPU on this machine; use gpus: auto, or run it on a cluster that has some"
+        if not torch.cuda.is_available():
+            yield "resources.gpus = 'required': torch sees no GPU on this machine; use gpus: auto, or run it on a cluster that has some"
+
+
+def _core_problems(resources: Resources, cores: int) -> Iterator[str]:
+    cpus, each = resources.cpus_per_worker, resources.workers_per_trial
+    # Workers of one run may share cores: slower, and the same run.
+    room = max(cores // cpus // each, each > 1)
+    elsewhere = f"this machine has {cores} cores; ask for less, or export RAY_ADDRESS of a cluster that has more (submit runs it on one)"
+    if room < 1:
+        yield f"resources.cpus_per_worker = {cpus}: {elsewhere}"
+    elif resources.workers != "auto" and resources.workers > room:
+        yield f"resources.workers = {resources.workers}: there is room for {room}: {elsewhere}"
 
 
 def _base(mapping: Mapping[str, Any], source: str) -> tuple[RunConfig | None, list[str]]:
@@ -169,14 +191,49 @@ def _base(mapping: Mapping[str, Any], source: str) -> tuple[RunConfig | None, li
     base = mapping.get("base")
     if not isinstance(base, dict):
         return None, []
-    model = base.get("model")
-    if isinstance(model, dict) and not isinstance(model.get("preset", ""), str):
-        return None, [f"{source}: base: model.preset = {model['preset']!r}: expected a name; valid: {', '.join(PRESETS)}"]
+    if "seed" in base:
+        return None, [f"{source}: base.seed = {base['seed']!r}: {SEEDS}"]
     try:
         config = configfile.load_run_config(base, f"{source}: base")
     except ConfigError as error:
         return None, list(error.problems)
     return config, list(_data_problems(config, _metrics(mapping), source))
+
+
+def _without_wrong_leaves(mapping: Mapping[str, Any], source: str) -> Study | None:
+    """The study without the leaves of `base` that are unknown or of a wrong type; None if that does not mend it."""
+    _, told = _base(mapping, source)
+    base: Any = mapping.get("base")
+    for problem in told:
+        named = re.match(r"([\w.]+)(?: = |: (\w+)=)", problem.removeprefix(f"{source}: base: "))
+        if named is not None:
+            path = ".".join(filter(None, named.groups()))
+            base = _changed(base, path.split("."), ANY_TOKENS if path == TOKENS else None)
+    changed = {**mapping, "base": base}
+    return _readable(changed) if base != mapping.get("base") and _base(changed, source)[0] is not None else None
+
+
+def _changed(node: Any, path: list[str], value: int | None) -> Any:
+    """A copy of nested dicts with one leaf that is there at `value`, or without it; `node` itself if there is no such leaf."""
+    if not isinstance(node, dict) or path[0] not in node:
+        return node
+    if len(path) > 1:
+        return {**node, path[0]: _changed(node[path[0]], path[1:], value)}
+    return {key: item for key, item in node.items() if key != path[0]} | ({} if value is None else {path[0]: value})
+
+
+def _dense_problems(mapping: Mapping[str, Any], base: RunConfig) -> Iterator[str]:
+    """Settings of a section that base has not got: of the experts of a dense model, above all."""
+    space, baseline = _mapping(mapping, "space"), _mapping(mapping, "baseline")
+    missing = [
+        path for path in space if path in configfile.known_paths(RunConfig) and "." in path and value_at(base, path.rpartition(".")[0]) is None
+    ]
+    if missing:
+        try:
+            configfile.load_run_config(mapping["base"], "base", [f"{p}={json.dumps(baseline.get(p))}" for p in missing])
+        except ConfigError:
+            for path in missing:
+                yield f"space.{path}: base has no {path.rpartition('.')[0]}; take it out, or take a preset that has one"
 
 
 def _data_problems(config: RunConfig, metrics: list[str], source: str) -> Iterable[str]:
@@ -205,7 +262,7 @@ def _variants(mapping: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _path_problems(space: Mapping[str, Any], baseline: Mapping[str, Any], named: Mapping[str, Any]) -> Iterator[str]:
-    """Paths that no run configuration has, values of the wrong type, conditions, and what space and baseline do not share."""
+    """Paths that no run configuration has, values of the wrong type, conditions."""
     known = configfile.known_paths(RunConfig) + ([variants.VARIANT] if named else [])
     choices = space.get(variants.VARIANT)
     for name in choices if named and isinstance(choices, list) else ():
@@ -213,17 +270,36 @@ def _path_problems(space: Mapping[str, Any], baseline: Mapping[str, Any], named:
             yield f"space.{variants.VARIANT} = {name!r}: no such variant{configfile.nearest(name, named)}"
     for section, entries in (("space", space), ("baseline", baseline)):
         unknown = [path for path in entries if path not in known]
-        yield from (f"{section}.{path} = {entries[path]!r}: no such setting{configfile.nearest(path, known)}" for path in unknown)
-    for path in (path for path in space if path in known):
-        yield from (f"{where}: {problem}" for where, problem in dimension_problems(path, space[path]))
+        yield from (f"{section}.{path} = {entries[path]!r}: {_no_setting(path, known)}" for path in unknown)
+    wrong = {path: list(dimension_problems(path, space[path])) for path in space if path in known}
+    yield from (f"{where}: {problem}" for found in wrong.values() for where, problem in found)
     yield from (f"{where}: {problem}" for where, problem in condition_problems(space))
+    if "seed" in space:
+        yield f"space.seed = {space['seed']!r}: {SEEDS}"
+    # A list with a wrong entry is a list still; of a wrong range nothing is inside or outside.
+    readable = {path: entry for path, entry in space.items() if not (wrong.get(path) and isinstance(entry, dict))}
     for path in (path for path in baseline if path in known):
         if problem := value_problem(path, baseline[path]):
             yield f"baseline.{path} = {baseline[path]!r}: {problem}"
-        elif path in space and not may_be(space[path], baseline[path]) and _exists_in_baseline(space[path], baseline):
+        elif path in readable and not may_be(space[path], baseline[path]) and _exists_in_baseline(space[path], baseline):
             yield f"baseline.{path} = {baseline[path]!r}: is outside space.{path} = {space[path]}"
-    yield from (f"baseline: has no value for {path}, which the space varies" for path in sorted(set(space) - set(baseline)))
-    yield from (f"baseline.{path}: is not in the space; put a fixed value into base" for path in sorted(set(baseline) - set(space)))
+
+
+def _unshared(mapping: Mapping[str, Any]) -> Iterator[str]:
+    """What the space has and the baseline has not, and the other way about; nothing where one of them is no mapping."""
+    if isinstance(mapping.get("space"), dict) and isinstance(mapping.get("baseline"), dict):
+        space, baseline = _mapping(mapping, "space"), _mapping(mapping, "baseline")
+        yield from (f"baseline: has no value for {path}, which the space varies" for path in sorted(set(space) - set(baseline)))
+        yield from (f"baseline.{path}: is not in the space; put a fixed value into base" for path in sorted(set(baseline) - set(space)))
+
+
+def _no_setting(path: str, known: list[str]) -> str:
+    """Why a path is none of `known`; the nearest, or those of the section that it names."""
+    inside = [name for name in known if name.startswith(f"{path}.")]
+    if inside:
+        return f"is a section, no setting; name whole paths in it, such as {', '.join(inside[:3])}"
+    near = configfile.nearest(path, known)
+    return f"no such setting{near if 'did you mean' in near else '; all of them stand in research/config.py, such as model.moe.device_limit'}"
 
 
 def _exists_in_baseline(entry: Any, baseline: Mapping[str, Any]) -> bool:

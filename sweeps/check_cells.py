@@ -16,7 +16,7 @@ from sweeps.definition import Search, Study, label
 from sweeps.pruning import FINAL
 from sweeps.quantities import BEFORE_TRAINING, QUANTITIES, recorded_metrics
 from sweeps.samplers import STARTUP_TRIALS
-from sweeps.space import Range, cell_key, cells, choices_of, levels_of, needs, resolve, suggest_cell
+from sweeps.space import Range, cell_key, cells, choices_of, count_of, needs, resolve, suggest_cell
 
 MOST_CELLS = 10_000
 MOST_SENTENCES = 20
@@ -74,13 +74,16 @@ def _idle_knob(study: Study, config: RunConfig) -> str | None:
         return None
     start = value_at(config, knob) or 1
     quantity = QUANTITIES[budget.matched]
+    if quantity(study, config) == 0:
+        return f"budget.matched = {budget.matched!r}: is 0 in the baseline, a model without routed experts; match something else, or none"
     for value in (start + 1, start - 1, 2 * start, start // 2, start + 8, start - 8, 1, start + 64):
         try:
             if quantity(study, with_value(config, knob, value)) != quantity(study, config):
                 return None
         except (ValueError, ConfigError):
             continue
-    return f"budget.adjust = {knob!r}: does not change {budget.matched}; adjust one that does, such as {', '.join(KNOBS[budget.matched])}"
+    others = ", ".join(other for other in KNOBS[budget.matched] if other != knob)
+    return f"budget.adjust = {knob!r}: does not change {budget.matched}; adjust one that does, such as {others}"
 
 
 def _broken(study: Study, config: RunConfig) -> list[str]:
@@ -111,8 +114,10 @@ def _curve_problems(study: Study, config: RunConfig) -> Iterator[str]:
 
 def _design_problems(study: Study, told: list[str], possible: dict[str, RunConfig]) -> Iterator[str]:
     """Cells of a grid or one-factor design that cannot be; what they have in common with one told of is not repeated."""
-    if study.search.sampler == "grid" and (count := math.prod(len(levels_of(e)) for e in study.space.values())) > MOST_CELLS:
-        yield f"space: a grid of {count:,} cells; at most {MOST_CELLS:,} can be tried: leave out values, or draw cells (search.sampler: quasi-random)"
+    counts = [count_of(entry) for entry in study.space.values()]
+    if (count := math.prod(counts) if study.search.sampler == "grid" else sum(counts)) > MOST_CELLS:
+        remedy = "leave out values, or draw cells (search.sampler: quasi-random)"
+        yield f"space: a {study.search.sampler} design of {count:,} cells; at most {MOST_CELLS:,} can be tried: {remedy}"
         return
     seen, sentences = set(told), list[str]()
     kept = 0
@@ -136,7 +141,7 @@ def _search_problems(study: Study, told: list[str], possible: dict[str, RunConfi
     """Values that no cell can have, and constraints that none keeps to: looked for in cells drawn at random."""
     drawn = list(sample(study, SAMPLE))
     for path, entry in study.space.items():
-        for value in choices.levels[:: max(len(choices.levels) - 1, 1)] if isinstance(choices := choices_of(entry), Range) else choices:
+        for value in (choices.low, choices.last) if isinstance(choices := choices_of(entry), Range) else choices:
             first: list[str] = []
             for around in [study.baseline, *drawn]:
                 cell = resolve(study.space, study.baseline, {**around, **needs(study, path), path: value})
@@ -197,4 +202,4 @@ def notes(study: Study) -> list[str]:
 
 
 def _few(study: Study) -> bool:
-    return math.prod(len(levels_of(e)) for e in study.space.values()) <= MOST_CELLS
+    return math.prod(count_of(e) for e in study.space.values()) <= MOST_CELLS

@@ -92,6 +92,7 @@ class RayExecutor:
                 f"workers_per_trial = {resources.workers_per_trial}, or gpus: none"
             )
         self._slots: list[_Slot] = []
+        self._closed = False
         self._told: list[Event] = []
         self._bad_starts, self._ever_started, self._resized, self._late = 0, False, 0.0, 0
         self._refuse_too_many()
@@ -157,6 +158,9 @@ class RayExecutor:
         self._resize()
 
     def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
         for slot in self._slots:
             self._end(slot)
         self._ray.shutdown()

@@ -16,6 +16,7 @@ from sims import AllToAll
 from sweeps import schema
 from sweeps.budget import Budget, Match, match, with_values
 from sweeps.constraints import Constraint, parse
+from sweeps.places import MOST_LETTERS, is_name
 from sweeps.pruning import Pruner
 from sweeps.quantities import QUANTITIES
 from sweeps.retune import Retune, with_rate
@@ -27,6 +28,7 @@ __all__ = ["METRICS", "Objective", "Range", "Resources", "Search", "SimulatedClu
 
 _FORBID_UNKNOWN: Any = {"extra": "forbid", "allow_inf_nan": False}
 
+LARGEST_SEED = 2**32 - 1
 METRICS = sorted(value for name, value in vars(schema).items() if name.isupper() and isinstance(value, str) and value.split("/")[0] in
                  ("train", "routing", "validation", "model", "simulation", "reference", "parallel") and "/" in value)  # fmt: skip
 METRICS += [name.format(bits) for name in (schema.CACHE_BITS_PER_BYTE, schema.CACHE_BYTES_PER_TOKEN) for bits in KV_BITS]
@@ -122,6 +124,8 @@ class Resources:
             raise ValueError(f"cpus_per_worker={self.cpus_per_worker} must be >= 1")
         if not 0 <= self.gpus_per_worker <= 64:
             raise ValueError(f"gpus_per_worker={self.gpus_per_worker} must lie in 0..64")
+        if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
+            raise ValueError(f"gpus_per_worker={self.gpus_per_worker} must be a fraction of one GPU or a whole number of them")
         if self.workers != "auto" and self.workers < 1:
             raise ValueError(f"workers={self.workers} must be >= 1 or 'auto'")
         if self.gpus == "required" and self.gpus_per_worker == 0:
@@ -141,6 +145,11 @@ class SimulatedCluster:
     hidden_size: int = 5120
     dispatch_bits: int = 16
     combine_bits: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "gpus_per_node", "tokens_per_device", "hidden_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be >= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +221,11 @@ class Study:
             return config, None
         if self.budget.matched == "tokens":
             tokens = float(config.tokens)
+            if abs(tokens / self.requested - 1) > self.budget.within:
+                raise ConfigError(
+                    f"study {self.name}, cell {label(cell, {})}: budget.matched = tokens: whole batches make {tokens:,.0f} tokens, the baseline's "
+                    f"{self.requested:,.0f} ({tokens / self.requested - 1:+.1%}, more than budget.within); train longer, or match none"
+                )
             return config, Match(quantity="tokens", requested=float(config.training.train_tokens), achieved=tokens, adjusted=None, value=None)
         try:
             return match(self, config, self.requested)
@@ -220,7 +234,7 @@ class Study:
 
     @cached_property
     def requested(self) -> float:
-        """How much of the matched quantity every variant is to have: the target, or what the baseline has."""
+        """How much of the matched quantity every variant is to have: the target, or what the baseline has (tokens in whole batches)."""
         if self.budget.target is not None:
             return self.budget.target
         return QUANTITIES[self.budget.matched](self, self.unmatched_config(self.baseline, self.seeds[0]))
@@ -261,12 +275,15 @@ class Study:
 def own_problems(name: Any, question: Any, seeds: Any, metrics: list[Any]) -> list[str]:
     """What is wrong with values that are right in type; others are passed over."""
     found = []
-    if isinstance(name, str) and not (name and all(c.isalnum() or c in "-_" for c in name)):
-        found.append(f"name = {name!r}: must be letters, digits, - and _: it names a directory")
+    if isinstance(name, str) and not is_name(name):
+        found.append(f"name = {name!r}: must be 1 to {MOST_LETTERS} letters, digits, - and _, no - in front: it names a directory")
     if isinstance(question, str) and not question.strip():
         found.append("question = '': must say what is asked: it stands at the head of the report")
-    if isinstance(seeds, list) and all(isinstance(s, int) for s in seeds) and not (seeds and len(set(seeds)) == len(seeds) and min(seeds) >= 0):
-        found.append(f"seeds = {seeds}: must be distinct numbers >= 0, at least one: two runs of one seed are one run")
+    if isinstance(seeds, list) and all(isinstance(s, int) for s in seeds):
+        if not (seeds and len(set(seeds)) == len(seeds) and min(seeds) >= 0):
+            found.append(f"seeds = {seeds}: must be distinct numbers >= 0, at least one: two runs of one seed are one run")
+        elif max(seeds) > LARGEST_SEED:
+            found.append(f"seeds = {seeds}: must be at most {LARGEST_SEED}")
     if not metrics:
         found.append("objectives = []: must name at least one metric")
     if len(set(map(str, metrics))) < len(metrics):

@@ -224,7 +224,7 @@ def _study(subject: Subject) -> Iterator[Finding]:
     if subject.study is None:
         return
     try:
-        study = load_study(subject.study)
+        load_study(subject.study)
     except UserError as error:
         yield from (Finding(PROBLEM, "study", problem, f"mend it; python -m sweeps check {subject.study}") for problem in error.problems)
         return
@@ -233,10 +233,6 @@ def _study(subject: Subject) -> Iterator[Finding]:
     if root.exists() and is_driven(root):
         holder = holder_of(root)
         yield Finding(OK, "study", f"it is being run by process {holder.get('pid')} on {holder.get('host')}")
-    cores, wanted = os.cpu_count() or 1, study.resources.workers
-    if wanted != "auto" and wanted * study.resources.cpus_per_worker > cores and not os.environ.get("RAY_ADDRESS"):
-        sentence = f"resources.workers = {wanted} of {study.resources.cpus_per_worker} CPUs each, this machine has {cores} cores"
-        yield Finding(PROBLEM, "study", sentence, "--set resources.workers=auto, or RAY_ADDRESS of a cluster with so many")
 
 
 CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (

@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from research import config as run_config
 from research.atomic import NO_ROOM, write_text
 from research.configfile import load_run_config
 from research.data.prepare import prepare
-from research.errors import ConfigError, DiskFull
+from research.errors import ConfigError, DiskFull, UserError
 from sweeps import retune, schema
 from sweeps.book import RUNNING, Book, OpenRun, read_json
 from sweeps.control import asked_workers
@@ -59,8 +60,11 @@ class Driver:
         self._wrote = self._synced = 0.0
 
     def run(self) -> str:
-        """Until everything is done, or until a signal asks to stop.  StudyBusyError, ConfigError, DataError, DiskFull."""
-        self.root.mkdir(parents=True, exist_ok=True)
+        """Until everything is done, or until a signal asks to stop.  StudyBusyError, ConfigError, DataError, DiskFull, UserError."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.root}: cannot be a study's directory ({error.strerror}); give another --root or MOELAB_HOME") from error
         with lease(self.root):
             refuse_another_study(self.study, self.root)
             self._refuse_groups()
@@ -100,6 +104,7 @@ class Driver:
         if not prepared:
             self._prepare()
         self._write_state("running")
+        self.outbox.open()  # while Ray starts, which is mostly waiting
         try:
             executor = self.make_executor(self.study, self.book.planned)
         except SystemExit:
@@ -140,7 +145,7 @@ class Driver:
             self._now_and_then(executor)
             if not self.book.running and (self.stopping or not (self.trials.queue or self.trials.paused or self.trials.fill())):
                 break
-        return self._end()
+        return self._end(executor)
 
     def _now_and_then(self, executor: Executor) -> None:
         """What is due by the clock: the state, MLflow, another number of workers."""
@@ -254,7 +259,7 @@ class Driver:
 
     # --- what is told of it ---------------------------------------------------------------------------------------------------
 
-    def _end(self) -> str:
+    def _end(self, executor: Executor | None = None) -> str:
         if not self.halt and not self.stopping:
             self.trials.tell_rest()
         if self.halt:
@@ -266,7 +271,11 @@ class Driver:
             state = "finished-with-failures" if self.book.failures.total() else "finished"
         # First of all: `ray job stop` kills three seconds after it asks, and a tracker may take longer to answer.
         self._write_state(state)
-        self.outbox.finish(state)
+        with ThreadPoolExecutor(1) as beside:
+            finishing = beside.submit(self.outbox.finish, state)
+            if executor is not None:
+                executor.close()  # a second or two of waiting for Ray's processes
+            finishing.result()
         self._write_state(state)
         return state
 

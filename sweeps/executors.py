@@ -49,7 +49,7 @@ class Executor(Protocol):
         """Have so many slots from now on, as far as there is room."""
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers; a second call does nothing."""
 
 
 def events(run: str, answer: Answer) -> list[Event]:

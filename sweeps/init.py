@@ -4,6 +4,7 @@ from pathlib import Path
 
 from research.atomic import write_text
 from research.errors import UserError
+from sweeps.places import MOST_LETTERS, is_name
 
 TEMPLATE = Path(__file__).with_name("template.yaml")
 
@@ -13,8 +14,9 @@ def init(name: str, folder: Path) -> Path:
 
     UserError if `name` cannot name a directory, if the file is there already (it is never overwritten), or cannot be written.
     """
-    if not name or not all(c.isalnum() or c in "-_" for c in name):
-        raise UserError(f"NAME = {name!r}: must be letters, digits, - and _: it names the study's directory; --folder says where the file goes")
+    if not is_name(name):
+        rule = f"must be 1 to {MOST_LETTERS} letters, digits, - and _, no - in front"
+        raise UserError(f"NAME = {name!r}: {rule}: it names the study's directory; --folder says where the file goes")
     path = folder / f"{name}.yaml"
     if path.exists():
         raise UserError(f"{path}: is there already and is not overwritten; give another NAME, or remove it")

@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 from research.errors import UserError
@@ -23,10 +23,10 @@ class Job:
     def __init__(self, client: Any, submission: str) -> None:
         self._client, self.submission = client, submission
 
-    def follow(self) -> int:
+    def follow(self, to: TextIO) -> int:
         async def read() -> None:
             async for lines in self._client.tail_job_logs(self.submission):
-                print(lines, end="", flush=True)
+                print(lines, end="", flush=True, file=to)
 
         asyncio.run(read())
         code = self._client.get_job_info(self.submission).driver_exit_code

@@ -26,6 +26,11 @@ class Outbox:
         """Why the tracker does not have everything that was handed to it; None if it has."""
         return self._tracker.behind
 
+    def open(self) -> None:
+        """Begin to reach the store; nothing is sent."""
+        self._sending = threading.Thread(target=self._tracker.connect, daemon=True, name="mlflow")
+        self._sending.start()
+
     def send(self) -> None:
         """Start sending what is new, unless that is going on."""
         if self._sending is not None and self._sending.is_alive():

@@ -6,6 +6,13 @@ from pathlib import Path
 from research.errors import UserError
 from sweeps import schema
 
+MOST_LETTERS = 100
+
+
+def is_name(text: str) -> bool:
+    """Whether a study may be called so: 1 to MOST_LETTERS letters, digits, - and _, no - in front."""
+    return 0 < len(text) <= MOST_LETTERS and text[0] != "-" and all(c.isalnum() or c in "-_" for c in text)
+
 
 def home() -> Path:
     """$MOELAB_HOME; else .moelab here, or in the user's home when here is Ray's unpacked copy of a working directory."""

@@ -36,8 +36,8 @@ class Retune:
                 raise ValueError(f"{name}={values} must be at least two different numbers > 0")
         if not 0 < self.tokens_share <= 1:
             raise ValueError(f"tokens_share={self.tokens_share} must lie in 0..1, 0 excluded")
-        if self.seed is not None and self.seed < 0:
-            raise ValueError(f"seed={self.seed} must be >= 0")
+        if self.seed is not None and not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must lie in 0..{2**32 - 1}")
 
     @property
     def points(self) -> int:

@@ -18,7 +18,7 @@ from optuna.trial import BaseTrial
 from pydantic import TypeAdapter, ValidationError
 
 from research.config import RunConfig
-from research.configfile import known_paths, nearest, validate
+from research.configfile import nearest, validate
 from research.errors import ConfigError
 from sweeps.variants import VARIANT
 
@@ -43,6 +43,8 @@ class Range:
     def __post_init__(self) -> None:
         if not self.low < self.high:
             raise ValueError(f"low={self.low} must be < high={self.high}")
+        if not math.isfinite(float(self.high) - float(self.low)):
+            raise ValueError(f"low={self.low} and high={self.high} are too far apart")
         if self.log and (self.low <= 0 or self.step is not None):
             raise ValueError(f"log: true needs low={self.low} > 0 and no step")
         if self.step is not None and not 0 < self.step <= self.high - self.low:
@@ -53,12 +55,19 @@ class Range:
         return isinstance(self.low, int) and isinstance(self.high, int) and isinstance(self.step, int | None)
 
     @property
+    def count(self) -> int:
+        """How many levels there are."""
+        return 2 if self.step is None else math.floor((self.high - self.low) / self.step + 1e-9) + 1
+
+    @property
+    def last(self) -> int | float:
+        """The highest level."""
+        return self.high if self.step is None else self.low + (self.count - 1) * self.step
+
+    @property
     def levels(self) -> list[int | float]:
         """What a design tries: every step, or the two ends of a range without steps."""
-        if self.step is None:
-            return [self.low, self.high]
-        count = math.floor((self.high - self.low) / self.step + 1e-9)
-        return [self.low + i * self.step for i in range(count + 1)]
+        return [self.low, self.high] if self.step is None else [self.low + i * self.step for i in range(self.count)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,15 +132,16 @@ def resolve(space: Mapping[str, Entry], baseline: Mapping[str, Any], values: Map
 
 
 def cell_key(cell: Mapping[str, Any]) -> str:
-    """Equal for equal cells alone."""
-    return json.dumps(cell, sort_keys=True)
+    """Equal for equal cells alone; 1 and 1.0 are equal."""
+    whole = {path: int(value) if isinstance(value, float) and value.is_integer() else value for path, value in cell.items()}
+    return json.dumps(whole, sort_keys=True)
 
 
 def suggest(trial: BaseTrial, path: str, choices: Choices) -> Any:
     """Optuna's value for one dimension."""
     if not isinstance(choices, Range):
         return trial.suggest_categorical(path, choices)
-    high = choices.levels[-1]  # the last whole step
+    high = choices.last
     if choices.whole and int in _types(path):
         return trial.suggest_int(path, int(choices.low), int(high), step=int(choices.step or 1), log=choices.log)
     return trial.suggest_float(path, choices.low, high, step=choices.step, log=choices.log)
@@ -162,6 +172,12 @@ def cells(study: "Study") -> list[dict[str, Any]]:
         cell = resolve(study.space, study.baseline, values)
         unique.setdefault(cell_key(cell), cell)
     return list(unique.values())
+
+
+def count_of(entry: Entry) -> int:
+    """How many levels a design tries of a dimension."""
+    choices = choices_of(entry)
+    return choices.count if isinstance(choices, Range) else len(choices)
 
 
 def levels_of(entry: Entry) -> list[Any]:
@@ -209,14 +225,23 @@ def value_problem(path: str, value: Any) -> str | None:
     """Why `path` of a run configuration cannot be `value`, or None."""
     if value is not None and not isinstance(value, str | int | float | bool):
         return f"a {type(value).__name__} cannot be searched over; only numbers, words, true, false and null can"
-    if isinstance(value, bool) and bool not in _types(path):
+    types = _types(path)
+    if isinstance(value, bool) and bool not in types:
         return "input should be a number or a word, not true or false"
+    if bool in types and value is not None and not isinstance(value, bool):
+        return "input should be true or false"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "input should be a finite number"
+    return _type_problem(path, value, types)
+
+
+def _type_problem(path: str, value: Any, types: tuple[Any, ...]) -> str | None:
     try:
         coerced(path, value)
     except ValidationError as error:
         message = str(error.errors()[0]["msg"])
         return message[0].lower() + message[1:]
-    return None
+    return "is a word, in quotes; write the number without them" if isinstance(value, str) and {int, float} & set(types) else None
 
 
 def dimension_problems(path: str, value: Any) -> Iterator[tuple[str, str]]:
@@ -256,17 +281,17 @@ def _choices_problems(where: str, path: str, value: Any) -> Iterator[tuple[str, 
 
 def condition_problems(space: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Conditions on what is not in the space, that can never hold, or that go round in a circle; entries are as in the file."""
-    known = [*known_paths(RunConfig), VARIANT]
     parents: dict[str, list[str]] = {}
     for path, entry in space.items():
         when = entry.get("when") if isinstance(entry, Mapping) else None
         for parent, values in when.items() if isinstance(when, Mapping) else ():
             where = f"space.{path}.when.{parent} = {values!r}"
             if parent not in space:
-                words = f"no such setting{nearest(str(parent), known)}" if parent not in known else "is not in the space: it never changes"
-                yield where, words
+                yield where, f"is not in the space{nearest(str(parent), [other for other in space if other != path])}"
                 continue
             parents.setdefault(path, []).append(parent)
+            if not as_list(values):
+                yield where, "never holds: the list of values is empty"
             for value in as_list(values):
                 if not may_be(space[parent], value):
                     yield where, f"never holds: space.{parent} has no {value!r}"

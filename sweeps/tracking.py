@@ -12,6 +12,7 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ RETRY_SECONDS = 20.0
 NOTE_SECONDS = 15.0
 PICTURE_SECONDS = 30.0
 """A run that took less is drawn when the study ends: what surrounds a run should cost nearly nothing beside it."""
-PICTURE_SHARE, PICTURE_LEAST = 0.01, 1.0
-"""At its end the short runs are drawn, those of the best variants first, for this share of all training, and at least for a second."""
+PICTURE_SHARE, PICTURE_LEAST = 0.01, 0.5
+"""At its end the short runs are drawn, those of the best variants first, for this share of the time that training took, and at least
+for half a second."""
 ARTIFACTS = (schema.CONFIG_FILE, schema.SUMMARY_FILE, schema.METRICS_FILE, schema.ROUTING_FILE, schema.SIMULATION_FILE)
 
 
@@ -89,9 +91,14 @@ class Tracker:
         self.behind = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:400] if str(error).strip() else 'no reason given'}"
         self._retry_at = time.monotonic() + RETRY_SECONDS
 
-    def _open(self) -> None:
-        if self._client is not None:
-            return
+    def connect(self) -> None:
+        """Import what takes seconds, and reach the store, whose database is made where there is none; what goes wrong the first
+        `sync` says."""
+        with suppress(Exception):
+            self._connect().search_experiments(max_results=1)
+            from sweeps import best_model, figures  # noqa: F401, PLC0415  (for the end of the study, when nothing else is computed)
+
+    def _connect(self) -> Any:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
@@ -104,7 +111,12 @@ class Tracker:
         uri = tracking_uri()
         if uri.startswith("sqlite:///"):
             Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        client = mlflow.MlflowClient(uri)
+        return mlflow.MlflowClient(uri)
+
+    def _open(self) -> None:
+        if self._client is not None:
+            return
+        client, uri = self._connect(), tracking_uri()
         experiment = client.get_experiment_by_name(self.study.name)
         if experiment is None:
             place = str(home() / "mlartifacts" / self.study.name) if uri.startswith("sqlite:///") else None
@@ -234,7 +246,8 @@ class Tracker:
     def _draw_study(self, status: StudyStatus) -> None:
         from sweeps import figures  # noqa: PLC0415  (matplotlib)
 
-        until = time.monotonic() + max(PICTURE_LEAST, PICTURE_SHARE * sum(run.seconds for run in status.runs if run.ended))
+        took = sum(run.seconds for run in status.runs if run.ended) / max(int(status.about.get("workers") or 1), 1)
+        until = time.monotonic() + max(PICTURE_LEAST, PICTURE_SHARE * took)
         for run in (run for variant in status.variants for run in variant.runs if run.ended and run.run in self._undrawn):
             if time.monotonic() > until:
                 break

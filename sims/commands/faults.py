@@ -124,9 +124,9 @@ def waits_command(
     say(written)
 
 
-@faults_app.command("step", help="""A training step with slow GPUs beside a healthy one, and who waits for whom.
+@faults_app.command("step", help="""A training step with slow GPUs or degraded links beside a healthy one, and who waits for whom.
 
-    Example: python -m sims faults step --nodes 16 --slow 3=1.25 --set batch_size=512
+    Example: python -m sims faults step --nodes 16 --slow 3=1.25 --nic 9=0.5 --set placement=spread
 
     --set takes the fields of training-step.""")  # fmt: skip
 def step_command(
@@ -136,6 +136,8 @@ def step_command(
     gpus_per_node: int = 8,
     batch_size: Annotated[int, typer.Option(help="Sequences of a step")] = 1152,
     slow: Slow = None,
+    nic: Nic = None,
+    nvlink: Nvlink = None,
     speeds: Annotated[str, typer.Option(help="Of all others: constant, normal or stragglers")] = "constant",
     spread: Annotated[float, typer.Option(help="Standard deviation of normal")] = 0.03,
     count: Annotated[int, typer.Option(help="Stragglers, drawn by the seed")] = 1,
@@ -153,6 +155,8 @@ def step_command(
         "gpus_per_node": gpus_per_node,
         "batch_size": batch_size,
         "speed": factors("--slow", slow),
+        "nic": factors("--nic", nic),
+        "nvlink": factors("--nvlink", nvlink),
         "seed": seed,
     }
     result = slow_step(training_step_spec(mapping, overrides or []), drawn, RoutingTrace.load(trace) if trace else None)

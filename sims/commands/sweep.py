@@ -32,6 +32,8 @@ from sims.routing import reroute
 from sims.simulation import simulate
 
 LIMITS = "device_limit"
+SHOWN = (LIMITS, "num_experts_per_tok", "nodes")
+"""What the figure has axes for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +157,8 @@ def sweep(
         check_target(csv_path, "--csv")  # Before the work, as the other outputs.
     outputs = Outputs(figure=figure)
     axes = {name: values(text, name) for name, text in swept.items() if text is not None}
+    if figure is not None and (others := [name for name in axes if name not in SHOWN and len(axes[name]) > 1]):
+        raise ConfigError(f"--figure {figure}: shows M x K x nodes; give one value of {', '.join(others)}")
     # The question that is varied must itself be one: what depends on nodes and K is checked at the first of them.
     first = {name: axes[name][0] for name in ("nodes", "num_experts_per_tok") if name in axes}
     spec, _ = question.question({"nodes": 2} | fixed | first, model, placement, overrides)

@@ -1,4 +1,4 @@
-"""Slow GPUs in a training step: the step beside a healthy one, and who waits for whom."""
+"""Slow GPUs and degraded links in a training step: the step beside a healthy one, and who waits for whom."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -25,7 +25,7 @@ class GroupWait:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlowStepResult:
-    """A training step with slow GPUs beside the same step without."""
+    """A training step with slow GPUs and links beside the same step without."""
 
     gpus: int
     seconds: Quantiles
@@ -52,10 +52,10 @@ class SlowStepResult:
 
 
 def slow_step(spec: TrainingStep, speeds: Speeds | None = None, trace: RoutingTrace | None = None) -> SlowStepResult:
-    """`spec.speed` says which GPUs are slow, over a distribution of all others."""
+    """`spec.speed` says which GPUs are slow, over a distribution of all others; `spec.nic` and `spec.nvlink` which links are degraded."""
     drawn = (speeds or Speeds()).factors(spec.gpus, spec.seed)
     speed = {gpu: float(factor) for gpu, factor in enumerate(drawn) if factor != 1} | dict(spec.speed)
-    slow, healthy = (training_step(replace(spec, speed=each), trace) for each in (speed, {}))
+    slow, healthy = training_step(replace(spec, speed=speed), trace), training_step(replace(spec, speed={}, nic={}, nvlink={}), trace)
     groups = [GroupWait(stage=w.stage, phase=w.phase, culprit=w.culprit, link=w.link, seconds=w.seconds) for w in slow.waits]
     return SlowStepResult(
         gpus=spec.gpus,

@@ -43,7 +43,7 @@ def _whole_path(override: str) -> str:
     """`device_limit=2` as `model.moe.device_limit=2`; ConfigError for a name that is none."""
     path, equals, value = override.partition("=")
     name = path.strip()
-    if not equals or name.partition(".")[0] in ("model", "speed", "constants"):
+    if not equals or name.partition(".")[0] in ("model", "speed", "nic", "nvlink", "constants"):
         return override
     leaf = name.removeprefix("routing.")
     experts, own = ([field.name for field in fields(cls)] for cls in (MoEConfig, TrainingStep))

@@ -31,6 +31,7 @@ class Run:
     def __init__(self, spec: TrainingStep, step: Step, unit: Unit, *, draw: int, jitter: float, timeline: Timeline | None) -> None:
         self.spec, self.unit, self.draw, self.jitter, self.timeline = spec, unit, draw, jitter, timeline
         self.send = float(step.send[draw])
+        self.sends = {ends: float(seconds[draw]) for ends, seconds in unit.sends.items()}
         self.environment = simpy.Environment()
         self.random = np.random.default_rng((spec.seed, unit.index))
         self.steps = graph(spec.schedule, spec.stages, spec.microbatches)
@@ -52,7 +53,7 @@ class Run:
             idle, last = environment.now, -1
             for source in (place.forward_from, place.backward_from):
                 if source >= 0:
-                    arrived = (yield self.done[source]) + self.send
+                    arrived = (yield self.done[source]) + self.sends.get((self.steps[source].position, position), self.send)
                     if arrived > environment.now:
                         yield environment.timeout(arrived - environment.now)
                         self.events += 1

@@ -8,7 +8,7 @@ from research.config import MoEConfig
 from research.errors import ConfigError
 from research.routing_trace import RoutingTrace
 from sims.cluster import Cluster
-from sims.collective import collective_seconds
+from sims.collective import Speed, collective_seconds, gpu_seconds, streams
 from sims.constants import Constants
 from sims.placement import Placement, place
 from sims.routing import reroute, synthetic_trace
@@ -36,7 +36,7 @@ class Sample:
     distinct_devices: float
     """GPUs that a token goes to, its own included."""
     traffic: dict[str, Traffic]
-    """Byte matrices by `dispatch` and `combine`."""
+    """Byte matrices of the same four."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,16 +125,24 @@ def _sample(spec: TrainingStep, moe: MoEConfig, cluster: Cluster, constants: Con
     return Sample(
         _kept(pairs, moe),
         touched,
-        {name: _seconds(name, way, spec, cluster, constants) for name, way in ways.items()},
+        {name: way_seconds(name, way, spec, cluster, constants) for name, way in ways.items()},
         {name: (int(way.nvlink.sum() / group), int(way.infiniband.sum() / group)) for name, way in ways.items()},
         float(needed.sum(1).mean()),
-        {"dispatch": there, "combine": back},
+        ways,
     )
 
 
-def _seconds(name: str, way: Traffic, spec: TrainingStep, cluster: Cluster, constants: Constants) -> np.ndarray:
+def way_seconds(name: str, way: Traffic, spec: TrainingStep, cluster: Cluster, constants: Constants, speed: Speed | None = None) -> np.ndarray:
+    """Isolated seconds of an all-to-all, float64 (draws,), over links of which `speed` is left."""
     # Counts are exchanged once per layer and microbatch, before the first dispatch.
-    return collective_seconds(way, cluster, constants, sms=spec.communication_sms, notify=name == "dispatch")
+    return collective_seconds(way, cluster, constants, sms=spec.communication_sms, notify=name == "dispatch", speed=speed)
+
+
+def slow_link(way: Traffic, spec: TrainingStep, cluster: Cluster, constants: Constants, speed: Speed) -> tuple[int, str]:
+    """The device that an all-to-all is done with last, and its busiest stream, at the point estimate."""
+    found = streams(way, cluster, constants, sms=spec.communication_sms, speed=speed)
+    device = int(gpu_seconds(found, constants)[0].argmax())
+    return device, max(found, key=lambda stream: float(found[stream][0, device]))
 
 
 def _kept(pairs: np.ndarray, moe: MoEConfig) -> np.ndarray:

@@ -25,7 +25,8 @@ from sims.roofline import (
     routed_operations,
     shared_operations,
 )
-from sims.training.exchange import Exchange, Sample
+from sims.training.exchange import Exchange, Sample, slow_link, way_seconds
+from sims.training.health import Health
 from sims.training.spec import TrainingStep
 
 REBUILT = {
@@ -64,6 +65,10 @@ class Segment:
     nvlink_bytes: int = 0
     infiniband_bytes: int = 0
     layer: int = -1
+    held_up: np.ndarray | float = 0.0
+    """By degraded links, a part of `exposed`."""
+    slow_link: tuple[int, str] = (-1, "")
+    """Device and stream that hold the others up so."""
 
 
 def side_by_side(compute: np.ndarray, communication: np.ndarray, bandwidth: np.ndarray | float, sms: float) -> np.ndarray:
@@ -81,7 +86,7 @@ def left_over(compute: np.ndarray, communication: np.ndarray, bandwidth: np.ndar
 class Layers:
     """Segments of every kind of layer and pass; layers that are alike are computed once.
 
-    speeds: times of the GPUs of the group over that of a healthy one, float64 (G,).
+    health: of the GPUs of the group.
     """
 
     def __init__(self, spec: TrainingStep, cluster: Cluster, constants: Constants, exchange: Exchange | None) -> None:
@@ -89,8 +94,8 @@ class Layers:
         sms = spec.communication_sms or cluster.communication_sms.value
         self.sms = max(1.0 - sms / cluster.sms.value, 1e-3)
         self.bandwidth = constants["overlapped_bandwidth"]
-        self.sync = _tensor_seconds(spec, cluster)
         self.layer = lru_cache(maxsize=None)(self._layer)
+        self.alone = lru_cache(maxsize=None)(self._isolated)
 
     def work(self, phase: str, sample: Sample | None = None, device: int = 0) -> Work:
         spec = self.spec
@@ -104,7 +109,7 @@ class Layers:
             shards=spec.tensor_parallel,
         )
 
-    def ends(self, phase: str, speeds: tuple[float, ...], *, first: bool, last: bool) -> list[Segment]:
+    def ends(self, phase: str, health: Health, *, first: bool, last: bool) -> list[Segment]:
         """Embedding and head of a stage, one segment each."""
         work = self.work(phase)
         found: list[tuple[str, list[Operation]]] = []
@@ -112,45 +117,45 @@ class Layers:
             found.append(("embedding", embedding_operations(self.spec.model, work)))
         if last:
             found.append(("head", head_operations(self.spec.model, work)))
-        return [self._compute(name, operations, speeds) for name, operations in found if operations]
+        return [self._compute(name, operations, health) for name, operations in found if operations]
 
-    def _layer(self, layer_kind: int, phase: str, index: int, speeds: tuple[float, ...]) -> tuple[Segment, ...]:
+    def _layer(self, layer_kind: int, phase: str, index: int, health: Health) -> tuple[Segment, ...]:
         """`layer_kind`: any layer of the same kind.  `index`: of the routing sample."""
         model, spec = self.spec.model, self.spec
         if phase == "backward-input" and spec.recompute == "full":
-            again = [_as_recomputed(segment) for segment in self._forward(layer_kind, index, speeds)]
-            return (*again, *self._backward(layer_kind, index, speeds))
+            again = [_as_recomputed(segment) for segment in self._forward(layer_kind, index, health)]
+            return (*again, *self._backward(layer_kind, index, health))
         if phase == "forward":
-            return tuple(self._forward(layer_kind, index, speeds))
+            return tuple(self._forward(layer_kind, index, health))
         if phase == "backward-input":
-            return tuple(self._backward(layer_kind, index, speeds))
+            return tuple(self._backward(layer_kind, index, health))
         work = self.work(phase)
         if not model.is_moe_layer(layer_kind):
-            return (self._compute("weights", [*attention_operations(model, work), *ffn_operations(model, layer_kind, work)], speeds),)
+            return (self._compute("weights", [*attention_operations(model, work), *ffn_operations(model, layer_kind, work)], health),)
         alike = [*attention_operations(model, work), *self._gate(work), *shared_operations(model, work)]
-        return (self._compute("weights", alike, speeds), self._routed("experts' weights", phase, index, speeds))
+        return (self._compute("weights", alike, health), self._routed("experts' weights", phase, index, health))
 
-    def _forward(self, layer: int, index: int, speeds: tuple[float, ...]) -> list[Segment]:
+    def _forward(self, layer: int, index: int, health: Health) -> list[Segment]:
         model, work = self.spec.model, self.work("forward")
         attention = attention_operations(model, work)
         if not model.is_moe_layer(layer):
-            segment = self._compute("attention", attention, speeds), self._compute("FFN", ffn_operations(model, layer, work), speeds)
-            return [*segment, *self._tensor(4)]
-        first = self._compute("attention", [*attention, *self._gate(work)], speeds)
-        moved = self._experts(index, "forward", shared_operations(model, work), speeds, ("dispatch", "combine"))
-        return [first, *moved, *self._tensor(4)]
+            segment = self._compute("attention", attention, health), self._compute("FFN", ffn_operations(model, layer, work), health)
+            return [*segment, *self._tensor(4, health)]
+        first = self._compute("attention", [*attention, *self._gate(work)], health)
+        moved = self._experts(index, "forward", shared_operations(model, work), health, ("dispatch", "combine"))
+        return [first, *moved, *self._tensor(4, health)]
 
-    def _backward(self, layer: int, index: int, speeds: tuple[float, ...]) -> list[Segment]:
+    def _backward(self, layer: int, index: int, health: Health) -> list[Segment]:
         model, work = self.spec.model, self.work("backward-input")
         attention = [*self._rebuilt(attention_operations(model, self.work("forward"))), *attention_operations(model, work)]
         if not model.is_moe_layer(layer):
             before = self._rebuilt(ffn_operations(model, layer, self.work("forward")))
-            ffn = self._compute("FFN", [*before, *ffn_operations(model, layer, work)], speeds)
-            return [ffn, self._compute("attention", attention, speeds), *self._tensor(6)]
+            ffn = self._compute("FFN", [*before, *ffn_operations(model, layer, work)], health)
+            return [ffn, self._compute("attention", attention, health), *self._tensor(6, health)]
         shared = [*self._rebuilt(shared_operations(model, self.work("forward"))), *shared_operations(model, work)]
-        moved = self._experts(index, "backward-input", shared, speeds, ("combine backward", "dispatch backward"))
-        last = self._compute("attention", [*self._rebuilt(self._gate(self.work("forward"))), *self._gate(work), *attention], speeds)
-        return [*moved, last, *self._tensor(6)]
+        moved = self._experts(index, "backward-input", shared, health, ("combine backward", "dispatch backward"))
+        last = self._compute("attention", [*self._rebuilt(self._gate(self.work("forward"))), *self._gate(work), *attention], health)
+        return [*moved, last, *self._tensor(6, health)]
 
     def _gate(self, work: Work) -> list[Operation]:
         return [*norm("FFN norm", self.spec.model.hidden_size, work, residual=True), *gate_operations(self.spec.model, work)]
@@ -160,27 +165,39 @@ class Layers:
             return []
         return [replace(operation, recomputed=True) for operation in operations if operation.name in REBUILT]
 
-    def _experts(self, index: int, phase: str, shared: Sequence[Operation], speeds: tuple[float, ...], names: tuple[str, str]) -> list[Segment]:
+    def _experts(self, index: int, phase: str, shared: Sequence[Operation], health: Health, names: tuple[str, str]) -> list[Segment]:
         """Tokens out, routed experts, tokens back, the shared experts beside the two ways as far as they fit."""
-        routed = self._routed("experts", phase, index, speeds)
-        beside = self._compute("shared experts", shared, speeds)
+        routed = self._routed("experts", phase, index, health)
+        beside = self._compute("shared experts", shared, health)
         if self.exchange is None:
             return [*([beside] if shared else []), routed]
-        sample = self.exchange.samples[index]
         if not self.spec.shared_expert_overlap:
-            alone = self._compute("nothing", [], speeds)
-            ways = [self._way(name, sample, alone, 0.0) for name in names]
+            alone = self._compute("nothing", [], health)
+            ways = [self._way(name, index, alone, 0.0, health) for name in names]
             return [*([beside] if shared else []), ways[0], routed, ways[1]]
-        there = self._way(names[0], sample, beside, 1.0)
-        rest = left_over(beside.seconds, sample.seconds[names[0]], self.bandwidth, self.sms)
+        there = self._way(names[0], index, beside, 1.0, health)
+        rest = left_over(beside.seconds, self.alone(names[0], index, health), self.bandwidth, self.sms)
         share = np.divide(rest, beside.seconds, out=np.zeros_like(rest), where=beside.seconds > 0)
-        there = self._way(names[0], sample, beside, 1.0 - share)
-        return [there, routed, self._way(names[1], sample, beside, share)]
+        there = self._way(names[0], index, beside, 1.0 - share, health)
+        return [there, routed, self._way(names[1], index, beside, share, health)]
 
-    def _way(self, name: str, sample: Sample, beside: Segment, share: np.ndarray | float) -> Segment:
+    def _isolated(self, name: str, index: int, health: Health) -> np.ndarray:
+        """Seconds of an all-to-all by itself, float64 (draws,)."""
+        assert self.exchange is not None
+        sample, links = self.exchange.samples[index], health.links
+        if links is None:
+            return sample.seconds[name]
+        return way_seconds(name, sample.traffic[name], self.spec, self.cluster, self.constants, links)
+
+    def _way(self, name: str, index: int, beside: Segment, share: np.ndarray | float, health: Health) -> Segment:
         """One all-to-all, and `share` of the computing beside it."""
-        alone = sample.seconds[name]
+        assert self.exchange is not None
+        sample, alone, links = self.exchange.samples[index], self.alone(name, index, health), health.links
         seconds = side_by_side(beside.seconds * share, alone, self.bandwidth, self.sms)
+        held_up, culprit = np.zeros_like(seconds), (-1, "")
+        if links is not None:
+            held_up = seconds - side_by_side(beside.seconds * share, sample.seconds[name], self.bandwidth, self.sms)
+            culprit = slow_link(sample.traffic[name], self.spec, self.cluster, self.constants, links)
         compute = {kind: value * share for kind, value in beside.compute.items()}
         waiting = beside.waiting * share
         nvlink, infiniband = sample.bytes[name]
@@ -196,18 +213,20 @@ class Layers:
             beside.slowest,
             nvlink,
             infiniband,
+            held_up=held_up,
+            slow_link=culprit,
         )
 
-    def _compute(self, name: str, operations: Sequence[Operation], speeds: tuple[float, ...]) -> Segment:
+    def _compute(self, name: str, operations: Sequence[Operation], health: Health) -> Segment:
         """The same work on every GPU of the group."""
         kinds, again = self._by_kind(operations)
         total = sum(kinds.values(), np.zeros_like(self.bandwidth))
-        mean, worst = float(np.mean(speeds)), max(speeds)
+        mean, worst = float(np.mean(health.speeds)), max(health.speeds)
         compute = {kind: value * mean for kind, value in kinds.items()}
-        slowest = int(np.argmax(speeds)) if worst > min(speeds) else -1
+        slowest = int(np.argmax(health.speeds)) if worst > min(health.speeds) else -1
         return Segment(name, "compute", total * worst, compute, total * (worst - mean), again=again * mean, slowest=slowest)
 
-    def _routed(self, name: str, phase: str, index: int, speeds: tuple[float, ...]) -> Segment:
+    def _routed(self, name: str, phase: str, index: int, health: Health) -> Segment:
         """The routed experts, of which every GPU has its own share of the tokens.
 
         Seconds are linear in pairs and experts with tokens where products bind, so the mean over GPUs is that of their means.
@@ -216,16 +235,16 @@ class Layers:
         sample = self.exchange.samples[index] if self.exchange is not None else None
         if sample is None:
             operations = self._with_rebuilt(phase, lambda p: routed_operations(model, self.work(p)))
-            return self._compute(name, operations, speeds)
+            return self._compute(name, operations, health)
         devices, inverse = np.unique(np.stack([sample.pairs, sample.touched]), axis=1, return_inverse=True)
         each: list[tuple[dict[str, np.ndarray], np.ndarray]] = []
         for column in range(devices.shape[1]):
             device = int(np.flatnonzero(inverse.ravel() == column)[0])
             each.append(self._by_kind(self._with_rebuilt(phase, partial(self._share, sample, device))))
         which = inverse.ravel()
-        totals = np.stack([sum(each[c][0].values(), np.zeros_like(self.bandwidth)) * speed for c, speed in zip(which, speeds, strict=True)])
+        totals = np.stack([sum(each[c][0].values(), np.zeros_like(self.bandwidth)) * speed for c, speed in zip(which, health.speeds, strict=True)])
         worst, mean = totals.max(0), totals.mean(0)
-        share = np.array(speeds) / len(speeds)
+        share = np.array(health.speeds) / len(health.speeds)
         compute: dict[str, np.ndarray] = {kind: np.stack([each[c][0][kind] for c in which], 1) @ share for kind in KINDS}
         again = np.stack([each[c][1] for c in which], 1) @ share
         slowest = int(np.argmax(totals[:, 0]))
@@ -249,11 +268,11 @@ class Layers:
                 again = again + seconds
         return kinds, again
 
-    def _tensor(self, count: int) -> list[Segment]:
+    def _tensor(self, count: int, health: Health) -> list[Segment]:
         """All-gathers and reduce-scatters of tensor parallelism, less what products hide."""
         if self.spec.tensor_parallel == 1:
             return []
-        alone = count * self.sync * np.ones_like(self.bandwidth)
+        alone = count * _tensor_seconds(self.spec, self.cluster, health.worst[1]) * np.ones_like(self.bandwidth)
         exposed = alone * (1.0 - self.constants["hidden_tensor_parallel"])
         return [Segment("tensor parallel", "compute", exposed, {}, 0.0, exposed, alone)]
 
@@ -262,8 +281,9 @@ def _as_recomputed(segment: Segment) -> Segment:
     return replace(segment, name=f"{segment.name} again", again=sum(segment.compute.values(), np.zeros_like(segment.seconds)))
 
 
-def _tensor_seconds(spec: TrainingStep, cluster: Cluster) -> float:
-    """One all-gather or reduce-scatter of a microbatch's residual stream over the tensor-parallel GPUs of a node."""
+def _tensor_seconds(spec: TrainingStep, cluster: Cluster, left: float) -> float:
+    """One all-gather or reduce-scatter of a microbatch's residual stream over the tensor-parallel GPUs of a node, `left` of whose NVLink
+    is there."""
     shards = spec.tensor_parallel
     moved = spec.tokens * spec.model.hidden_size * 2 * (shards - 1) / shards
-    return cluster.nvlink_latency_seconds.value + moved / cluster.nvlink_bytes_per_second.value if shards > 1 else 0.0
+    return cluster.nvlink_latency_seconds.value + moved / (cluster.nvlink_bytes_per_second.value * left) if shards > 1 else 0.0

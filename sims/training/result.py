@@ -16,7 +16,7 @@ from sims.training.events import event_driven
 from sims.training.layout import gpu_index, stage_layers
 from sims.training.memory import Memory
 from sims.training.spec import TrainingStep
-from sims.training.step import Step
+from sims.training.step import Step, Unit
 
 TRILLION = 1e12
 
@@ -143,7 +143,12 @@ def quantiles(draws: np.ndarray) -> dict[str, float]:
 
 def waits(spec: TrainingStep, step: Step, most: int = 20) -> list[Wait]:
     """The longest, at the point estimate: who waited for whom inside the expert-parallel groups."""
-    found: dict[tuple[int, str, int], float] = {}
+    found: dict[tuple[int, str, int, str], float] = {}
+
+    def add(unit: Unit, stage: int, phase: str, culprit: tuple[int, str], seconds: np.ndarray | float) -> None:
+        key = (stage, phase, gpu_index(spec, stage, unit.index, culprit[0]), culprit[1])
+        found[key] = found.get(key, 0.0) + float(np.broadcast_to(seconds, step.seconds.shape)[0])
+
     for unit in step.units:
         for kind in ("F", "BW"):
             for stage in range(spec.stages):
@@ -151,7 +156,8 @@ def waits(spec: TrainingStep, step: Step, most: int = 20) -> list[Wait]:
                     number = len(range(sample, spec.microbatches, unit.work.samples))
                     for segment in unit.work.segments(kind, stage, sample):
                         if segment.slowest >= 0:
-                            key = (stage, segment.name, gpu_index(spec, stage, unit.index, segment.slowest))
-                            found[key] = found.get(key, 0.0) + number * float(np.broadcast_to(segment.waiting, step.seconds.shape)[0])
+                            add(unit, stage, segment.name, (segment.slowest, "compute"), number * segment.waiting)
+                        if segment.slow_link[0] >= 0:
+                            add(unit, stage, segment.name, segment.slow_link, number * segment.held_up)
     ranked = sorted(((seconds, *key) for key, seconds in found.items() if seconds > 0), key=lambda row: (-row[0], row[1:]))
-    return [Wait(stage, phase, culprit, seconds) for seconds, stage, phase, culprit in ranked[:most]]
+    return [Wait(stage, phase, culprit, seconds, link) for seconds, stage, phase, culprit, link in ranked[:most]]

@@ -12,7 +12,7 @@ path is the published closed form (F forward, B backward for inputs, W for weigh
 DeepSeek's own table writes B for B + W: (P - 1) (F + B), (P - 1) (F + B - 2W), (P / 2 - 1) (F&B + B - 3W).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -209,17 +209,25 @@ def _record(job: Job, index: int, forward: dict[tuple[int, int, int], int], back
 
 
 def longest_path(
-    steps: tuple[Step, ...], positions: int, seconds: Callable[[Job], np.ndarray | float], send: np.ndarray | float = 0.0
+    steps: tuple[Step, ...],
+    positions: int,
+    seconds: Callable[[Job], np.ndarray | float],
+    send: np.ndarray | float = 0.0,
+    sends: Mapping[tuple[int, int], np.ndarray] | None = None,
 ) -> list[np.ndarray | float]:
-    """When each position is done with its last job; `seconds` of a job, and `send` from one position to the next, may hold draws."""
+    """When each position is done with its last job; `seconds` of a job, and `send` from one position to the next, may hold draws.
+
+    `sends` are those from position to position that take another time.
+    """
+    other = sends or {}
     free: list[np.ndarray | float] = [0.0] * positions
     done: list[np.ndarray | float] = []
     for position, job, sent, returned in steps:
         start = free[position]
         if sent >= 0:
-            start = np.maximum(start, done[sent] + send)
+            start = np.maximum(start, done[sent] + other.get((steps[sent].position, position), send))
         if returned >= 0:
-            start = np.maximum(start, done[returned] + send)
+            start = np.maximum(start, done[returned] + other.get((steps[returned].position, position), send))
         free[position] = start + seconds(job)
         done.append(free[position])
     return free

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from research.config import ModelConfig
 from research.presets import deepseek_v2
+from sims.links import check_links
 from sims.routing import FAMILIES
 from sims.training.schedules import Schedule
 
@@ -64,6 +65,10 @@ class TrainingStep:
     """Different routings that microbatches and layers take turns in."""
     speed: dict[int, float] = field(default_factory=dict)
     """GPU index -> time of its computing over that of the others (1.25: a quarter slower)."""
+    nic: dict[int, float] = field(default_factory=dict)
+    """GPU index -> share of its NIC's bandwidth that is left, for all-to-alls, sends between stages and the reduction of gradients."""
+    nvlink: dict[int, float] = field(default_factory=dict)
+    """GPU index -> share of its NVLink bandwidth that is left."""
     tier: Literal["closed", "event"] = "closed"
     """`event` also plays the step in SimPy, an event for each phase."""
     jitter: float = 0.0
@@ -91,6 +96,7 @@ class TrainingStep:
         for gpu, factor in self.speed.items():
             _require(0 <= gpu < self.gpus, f"speed.{gpu}={factor}: there is no such GPU; valid: 0 to {self.gpus - 1}")
             _require(factor > 0, f"speed.{gpu}={factor} must be > 0")
+        check_links(self.nic, self.nvlink, self.gpus)
         self._check_parallelism()
         self._check_stages()
 

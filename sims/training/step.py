@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import permutations
 
 import numpy as np
 
@@ -10,13 +11,12 @@ from sims.cluster import Cluster
 from sims.constants import Constants
 from sims.roofline import KINDS
 from sims.training.exchange import Exchange, exchange
+from sims.training.health import Stages, units_alike, worst_links
 from sims.training.layout import gpu_index, group_per_node, stage_layers, stage_parameters
 from sims.training.passes import Layers, Segment, side_by_side
 from sims.training.schedules import Job, graph, longest_path, orders, stages_of
 from sims.training.spec import TrainingStep
 
-Speeds = tuple[tuple[float, ...], ...]
-"""Of a unit: by stage and device of the expert-parallel group, the time of its computing over a healthy GPU's."""
 CATEGORIES = (*KINDS, "exposed_communication", "waiting", "uneven_stages", "bubble", "pipeline_sends", "gradients", "optimizer")
 """What the seconds of a step are spent on: they sum to it."""
 ADAM_BYTES = 30.0
@@ -39,6 +39,8 @@ class Unit:
     ends_without_sends: list[np.ndarray]
     gradients: list[np.ndarray]
     optimizer: list[np.ndarray]
+    sends: dict[tuple[int, int], np.ndarray]
+    """From position to position, where a link is degraded; all others are the step's `send`."""
 
     def seconds(self) -> np.ndarray:
         return np.maximum.reduce([e + g + o for e, g, o in zip(self.ends, self.gradients, self.optimizer, strict=True)])
@@ -50,8 +52,8 @@ class Unit:
 class Work:
     """Segments and seconds of every job of a unit."""
 
-    def __init__(self, spec: TrainingStep, layers: Layers, speeds: Speeds) -> None:
-        self.spec, self.layers, self.speeds = spec, layers, speeds
+    def __init__(self, spec: TrainingStep, layers: Layers, stages: Stages) -> None:
+        self.spec, self.layers, self.health = spec, layers, stages
         self.samples = len(layers.exchange.samples) if layers.exchange else 1
         self.stages = stage_layers(spec)
         self.segments = cache(self._segments)
@@ -77,14 +79,14 @@ class Work:
             return [*self.segments("B", stage, sample), *self.segments("W", stage, sample)]
         phase = {"F": "forward", "B": "backward-input", "W": "backward-weights"}[kind]
         layers, model = self.stages[stage], self.spec.model
-        ends = self.layers.ends(phase, self.speeds[stage], first=stage == 0, last=stage == len(self.stages) - 1)
+        ends = self.layers.ends(phase, self.health[stage], first=stage == 0, last=stage == len(self.stages) - 1)
         first, last = [s for s in ends if s.name == "embedding"], [s for s in ends if s.name == "head"]
         inner: list[Segment] = []
         for layer in layers if kind == "F" else reversed(layers):
             # Any layer of the same kind stands for it, so that each kind is computed once.
             alike = next(i for i in range(model.num_hidden_layers) if model.is_moe_layer(i) == model.is_moe_layer(layer))
             routing = (sample + layer) % self.samples if model.is_moe_layer(layer) else 0
-            inner += [replace(segment, layer=layer) for segment in self.layers.layer(alike, phase, routing, self.speeds[stage])]
+            inner += [replace(segment, layer=layer) for segment in self.layers.layer(alike, phase, routing, self.health[stage])]
         return [*first, *inner, *last] if kind == "F" else [*last, *inner, *first]
 
     @cache  # noqa: B019 - a Work lives as long as the simulation
@@ -133,41 +135,41 @@ def closed_form(spec: TrainingStep, cluster: Cluster, constants: Constants, trac
     found = exchange(spec, cluster, constants, trace)
     layers = Layers(spec, cluster, constants, found)
     send = send_seconds(spec, cluster, constants)
-    units = [_unit(spec, cluster, constants, layers, index, copies, speeds, send) for index, copies, speeds in _kinds_of_units(spec)]
+    alike = units_alike(spec)
+    common = worst_links(alike)
+    units = [_unit(spec, cluster, constants, Work(spec, layers, stages), index, copies, common, send) for index, copies, stages in alike]
     seconds = np.maximum.reduce([unit.seconds() for unit in units])
     return _accounted(spec, units, seconds, send, found)
 
 
-def _kinds_of_units(spec: TrainingStep) -> list[tuple[int, int, Speeds]]:
-    """Index of the first, number and speeds of units that are alike."""
-    found: dict[Speeds, list[int]] = {}
-    healthy: Speeds = tuple((1.0,) * spec.experts_over for _ in range(spec.stages))
-    if not spec.speed:
-        return [(0, spec.units, healthy)]
-    for unit in range(spec.units):
-        speeds = tuple(
-            tuple(
-                max(spec.speed.get(gpu_index(spec, stage, unit, device, shard), 1.0) for shard in range(spec.tensor_parallel))
-                for device in range(spec.experts_over)
-            )
-            for stage in range(spec.stages)
-        )
-        found.setdefault(speeds, []).append(unit)
-    return [(units[0], len(units), speeds) for speeds, units in found.items()]
-
-
 def _unit(
-    spec: TrainingStep, cluster: Cluster, constants: Constants, layers: Layers, index: int, copies: int, speeds: Speeds, send: np.ndarray
+    spec: TrainingStep,
+    cluster: Cluster,
+    constants: Constants,
+    work: Work,
+    index: int,
+    copies: int,
+    common: list[tuple[float, float]],
+    send: np.ndarray,
 ) -> Unit:
-    steps, work = graph(spec.schedule, spec.stages, spec.microbatches), Work(spec, layers, speeds)
-    zero = np.zeros_like(send)
-    ends = [zero + e for e in longest_path(steps, spec.stages, work.seconds, send)]
+    steps, zero = graph(spec.schedule, spec.stages, spec.microbatches), np.zeros_like(send)
+    sends = _slow_sends(spec, cluster, constants, work.health)
+    ends = [zero + e for e in longest_path(steps, spec.stages, work.seconds, send, sends)]
     without = [zero + e for e in longest_path(steps, spec.stages, work.seconds)] if spec.stages > 1 else ends
-    tails = [_tail(spec, cluster, constants, work, position) for position in range(spec.stages)]
-    return Unit(index, copies, work, ends, without, [t[0] for t in tails], [t[1] for t in tails])
+    tails = [_tail(spec, cluster, constants, work, position, common) for position in range(spec.stages)]
+    return Unit(index, copies, work, ends, without, [t[0] for t in tails], [t[1] for t in tails], sends)
 
 
-def _tail(spec: TrainingStep, cluster: Cluster, constants: Constants, work: Work, position: int) -> tuple[np.ndarray, np.ndarray]:
+def _slow_sends(spec: TrainingStep, cluster: Cluster, constants: Constants, stages: Stages) -> dict[tuple[int, int], np.ndarray]:
+    """Seconds of sends between positions of which one has a degraded link; all others take `send_seconds`."""
+    worst = [health.worst for health in stages]
+    pairs = [(a, b) for a, b in permutations(range(spec.stages), 2) if min(*worst[a], *worst[b]) < 1]
+    return {(a, b): send_seconds(spec, cluster, constants, min(worst[a][0], worst[b][0]), min(worst[a][1], worst[b][1])) for a, b in pairs}
+
+
+def _tail(
+    spec: TrainingStep, cluster: Cluster, constants: Constants, work: Work, position: int, common: list[tuple[float, float]]
+) -> tuple[np.ndarray, np.ndarray]:
     """Seconds of reducing gradients and gathering weights that stand free, and of the optimizer.
 
     ZeRO-1: gradients are reduced to the rank that holds their optimizer state, which sends the new weights back.  The
@@ -177,14 +179,14 @@ def _tail(spec: TrainingStep, cluster: Cluster, constants: Constants, work: Work
     copies = len(held)  # DualPipe keeps each stage at two positions, whose gradients are added up, too
     alike, experts = np.sum([parameters(spec, stage) for stage in held], axis=0)
     groups = ((alike, spec.data_parallel * copies, _per_node(spec, experts=False)), (experts, spec.units * copies, _per_node(spec, experts=True)))
-    zero = np.zeros(constants.draws)
-    reduce = sum((_ring(GRADIENT_BYTES * count, n, near, cluster, constants) for count, n, near in groups), zero)
-    gather = sum((_ring(WEIGHT_BYTES * count, n, near, cluster, constants) for count, n, near in groups), zero)
+    zero, left = np.zeros(constants.draws), (min(common[stage][0] for stage in held), min(common[stage][1] for stage in held))
+    reduce = sum((_ring(GRADIENT_BYTES * count, n, near, cluster, constants, *left) for count, n, near in groups), zero)
+    gather = sum((_ring(WEIGHT_BYTES * count, n, near, cluster, constants, *left) for count, n, near in groups), zero)
     if spec.gradient_overlap:
         window = np.sum([work.total("BW", stage, (spec.microbatches - 1) % work.samples) for stage in held], axis=0) / copies
         reduce = np.maximum(reduce - work.layers.bandwidth * window, 0.0)
     state = alike / (spec.data_parallel * copies) + experts / (spec.units * copies)
-    slowest = max(max(work.speeds[stage]) for stage in held)
+    slowest = max(max(work.health[stage].speeds) for stage in held)
     optimizer = slowest * ADAM_BYTES * state / (cluster.hbm_bytes_per_second.value * constants["memory_efficiency"])
     return reduce + gather, optimizer
 
@@ -204,29 +206,32 @@ def _per_node(spec: TrainingStep, *, experts: bool) -> int:
     return min(spec.data_parallel, slots if spec.placement != "spread" else min(spec.units, slots))
 
 
-def _ring(moved: float, ranks: int, near: int, cluster: Cluster, constants: Constants) -> np.ndarray:
+def _ring(moved: float, ranks: int, near: int, cluster: Cluster, constants: Constants, nic: float, nvlink: float) -> np.ndarray:
     """Reduce-scatter or all-gather of `moved` bytes over `ranks` GPUs, `near` of them in a node: first inside, then, each GPU
-    with its share, over its own NIC."""
+    with its share, over its own NIC.  It goes at the pace of the link of which least is left, the shares `nic` and `nvlink`."""
     zero = np.zeros(constants.draws)
     near = max(min(near, ranks), 1)
     nodes = -(-ranks // near)
     if ranks == 1 or not moved:
         return zero
-    inside = (near - 1) / near * moved / (cluster.nvlink_bytes_per_second.value * constants["nvlink_efficiency"])
-    between = (nodes - 1) / nodes * moved / near / (cluster.nic_bytes_per_second.value * constants["nic_efficiency"])
+    inside = (near - 1) / near * moved / (cluster.nvlink_bytes_per_second.value * constants["nvlink_efficiency"] * nvlink)
+    between = (nodes - 1) / nodes * moved / near / (cluster.nic_bytes_per_second.value * constants["nic_efficiency"] * nic)
     latency = (near - 1) * cluster.nvlink_latency_seconds.value + (nodes - 1) * cluster.network_latency_seconds.value
     return inside + between + latency
 
 
-def send_seconds(spec: TrainingStep, cluster: Cluster, constants: Constants) -> np.ndarray:
-    """A microbatch's residual stream from one stage to the next, float64 (draws,): over NICs where any two stages are on different nodes."""
+def send_seconds(spec: TrainingStep, cluster: Cluster, constants: Constants, nic: float = 1.0, nvlink: float = 1.0) -> np.ndarray:
+    """A microbatch's residual stream from one stage to the next, float64 (draws,): over NICs where any two stages are on different nodes.
+
+    nic, nvlink: shares that are left of the worse of the two ends' links.
+    """
     if spec.stages == 1:
         return np.zeros(constants.draws)
     moved = spec.tokens * spec.model.hidden_size * WEIGHT_BYTES / spec.tensor_parallel
     homes = [gpu_index(spec, stage, 0, 0) // spec.gpus_per_node for stage in range(spec.stages)]
     if len(set(homes)) > 1:
-        return cluster.network_latency_seconds.value + moved / (cluster.nic_bytes_per_second.value * constants["nic_efficiency"])
-    return cluster.nvlink_latency_seconds.value + moved / (cluster.nvlink_bytes_per_second.value * constants["nvlink_efficiency"])
+        return cluster.network_latency_seconds.value + moved / (cluster.nic_bytes_per_second.value * constants["nic_efficiency"] * nic)
+    return cluster.nvlink_latency_seconds.value + moved / (cluster.nvlink_bytes_per_second.value * constants["nvlink_efficiency"] * nvlink)
 
 
 def _accounted(spec: TrainingStep, units: list[Unit], seconds: np.ndarray, send: np.ndarray, found: Exchange | None) -> Step:

@@ -15,11 +15,13 @@ import small_runs
 import torch
 from safetensors.torch import load_file
 
+from research.config import to_dict
 from research.errors import CollectiveFailed, ConfigError
 from research.parallel import launch
 from research.parallel.launch import run_workers
 from research.parallel.traffic import COMBINE, COMBINE_BACKWARD, DISPATCH, DISPATCH_BACKWARD, PAYLOAD, read_routed, read_traffic
 from research.parallel.world import ALONE, World, join
+from sims.measured import read_run
 
 DROPPING = {"capacity_factor": 1.0, "undropped_sequences": 0.25, "expert_devices": 4, "device_limit": 2}
 FIFTY = {"precision": "float64", "micro_batch_size": 4, "train_tokens": 50 * 8 * 32, "validate_every": 25, "checkpoint_every": 25}
@@ -138,6 +140,17 @@ def test_the_bytes_that_moved_are_those_of_the_routing(text, four):
                     wanted[rank, worker] += width
         for phase, matrix in ((DISPATCH, wanted), (COMBINE, wanted.T), (DISPATCH_BACKWARD, wanted.T), (COMBINE_BACKWARD, wanted)):
             np.testing.assert_array_equal(counted[step, layer, phase], matrix, err_msg=f"{step} {layer} {phase}")
+
+
+def test_under_autocast_and_with_blocks_computed_again_the_bytes_are_those_predicted_too(text, tmp_path):
+    """To the byte, of all that the simulator compares."""
+    config = settings(text, precision="bfloat16", activation_checkpointing="blocks", train_tokens=2 * 8 * 32, validate_every=2)
+    several(config, tmp_path / "run", 2, witness=True)
+    (tmp_path / "run" / "config.json").write_text(json.dumps(to_dict(config)))
+    found = read_run(tmp_path / "run")
+    assert (found.steps, found.agrees) == (2, True)
+    sent = {phase.name: phase.measured for phase in found.phases}
+    assert sent[DISPATCH] == 2 * sent[DISPATCH_BACKWARD] > 0
 
 
 def test_the_records_say_what_left_its_worker_per_step(four):

@@ -37,7 +37,7 @@ def refused(*arguments):
         (
             "nic_bytes_per_second: {value: 47.5e9,",
             "nic_bytes_per_second: {value: true,",
-            "nic_bytes_per_second.value = True: input should be a number",
+            "nic_bytes_per_second.value = True: expected a number",
         ),
         ("way per GPU, basis: physical", "way per GPU, basis: logical", "nvlink_bytes_per_second.basis='logical': must be physical"),
     ],
@@ -121,8 +121,25 @@ def test_a_sweep_may_vary_what_its_defaults_would_not_allow(tmp_path):
     assert f"--csv {tmp_path}: is a folder" in refused("sweep", "--csv", str(tmp_path))
 
 
+def test_a_figure_of_other_axes_is_refused_before_any_work(tmp_path, monkeypatch):
+    def never(*_):
+        raise AssertionError("simulated")
+
+    monkeypatch.setattr("sims.commands.sweep.simulate", never)
+    said = refused("sweep", *SMALL[:2], "--tokens", "64,96", "--sms", "12", "--figure", str(tmp_path / "m.png"))
+    assert said.endswith("shows M x K x nodes; give one value of tokens_per_device")
+
+
+def test_matrices_too_large_to_print_are_null_and_all_else_is_there(monkeypatch):
+    question = AllToAll(nodes=2, gpus_per_node=4, tokens_per_device=8, hidden_size=64)
+    whole = simulate(question).to_dict()
+    monkeypatch.setattr("sims.result.PRINTED_GPUS", 7)
+    assert simulate(question).to_dict() == whole | {"nvlink_matrix": None, "infiniband_matrix": None}
+    assert whole["nvlink_matrix"] is not None
+
+
 def test_true_is_no_number():
-    with pytest.raises(ConfigError, match="all-to-all: nodes = True: input should be a number"):
+    with pytest.raises(ConfigError, match="all-to-all: nodes = True: expected a number"):
         question({}, None, None, ["nodes=true"])
     with pytest.raises(ConfigError, match=r"speed\.3 = True"):
         training_step_spec({}, ["speed.3=true"])

@@ -103,6 +103,70 @@ def test_the_explanation_of_a_step_has_the_steps_own_answer():
     assert not any(sentence.startswith("placement = packed") for sentence in found.switches)
 
 
+STEP = {"model": "deepseek-v2-lite", "nodes": 2, "gpus_per_node": 4, "batch_size": 16}
+SPLIT = ["expert_parallel=2", "pipeline_parallel=2", "draws=4", "gradient_overlap=false", "model.num_hidden_layers=4"]
+
+
+def test_a_step_with_whole_links_is_the_healthy_step_and_a_worse_link_never_helps():
+    healthy = simulate(training_step_spec({**STEP, "placement": "spread"}, SPLIT))
+    whole = simulate(training_step_spec({**STEP, "placement": "spread"}, [*SPLIT, "nic.0=1.0", "nvlink.3=1"]))
+    assert (whole.seconds == healthy.seconds).all()
+    before = healthy.seconds
+    for left in (0.5, 0.2, 0.05):
+        slow = simulate(training_step_spec({**STEP, "placement": "spread"}, [*SPLIT, f"nic.1={left}"]))
+        assert (slow.seconds > before).all()
+        assert sum(slow.breakdown.values()) == pytest.approx(slow.seconds, rel=1e-9)
+        before = slow.seconds
+        first = slow.waits[0]
+        assert (first.culprit, first.link[:3]) == (1, "nic")
+        assert first.seconds > 0
+
+
+def test_a_link_that_the_step_does_not_use_costs_nothing():
+    """Packed groups talk over NVLink; with one stage and one group in all, no NIC is used."""
+    sizes = {**STEP, "nodes": 1, "placement": "packed"}
+    alone = ["expert_parallel=4", "pipeline_parallel=1", "draws=2", "model.num_hidden_layers=3"]
+    healthy, nic, nvlink = (simulate(training_step_spec(sizes, [*alone, *more])).seconds for more in ([], ["nic.1=0.01"], ["nvlink.1=0.2"]))
+    assert (nic == healthy).all()
+    assert (nvlink > healthy).all()
+
+
+def test_a_step_of_degraded_links_is_alike_in_closed_form_and_in_events():
+    spec = training_step_spec({**STEP, "placement": "spread", "tier": "event"}, [*SPLIT, "nic.1=0.1", "nvlink.6=0.3", "speed.2=1.2"])
+    found = simulate(spec)
+    assert found.event_seconds == pytest.approx(float(found.seconds[0]), rel=1e-9)
+
+
+def test_gradients_and_sends_go_at_the_pace_of_the_worst_link():
+    """A fifth of a NIC: the send between the two stages that the GPU is an end of, by hand; and the ring over two nodes."""
+    spec = training_step_spec({**STEP, "placement": "packed"}, [*SPLIT, "nic.1=0.2"])
+    slow, healthy = simulate(spec), simulate(replace(spec, nic={}))
+    link = healthy.cluster.nic_bytes_per_second.value * healthy.constants["nic_efficiency"]
+    for unit in slow.step.units:
+        for (_, _), seconds in unit.sends.items():
+            moved = spec.tokens * spec.model.hidden_size * 2
+            np.testing.assert_allclose(seconds, healthy.cluster.network_latency_seconds.value + moved / (0.2 * link), rtol=1e-12)
+    touched = [unit.index for unit in slow.step.units if unit.sends]
+    assert len(touched) == 1
+    across = replace(spec, placement="spread")
+    assert (simulate(across).breakdown["gradients"] > simulate(replace(across, nic={})).breakdown["gradients"]).all()
+
+
+def test_tensor_parallel_groups_share_a_degraded_nvlink():
+    spec = training_step_spec({**STEP, "model": "deepseek-67b", "nodes": 1, "batch_size": 4, "tensor_parallel": 4}, ["draws=2", "nvlink.2=0.5"])
+    assert (simulate(spec).seconds > simulate(replace(spec, nvlink={})).seconds).all()
+
+
+def test_faults_step_takes_links_and_says_who_is_waited_for():
+    arguments = ["faults", "step", "--model", "deepseek-v2-lite", "--nodes", "2", "--gpus-per-node", "4", "--batch-size", "16", "--nic", "1=0.1"]
+    sets = [part for each in [*SPLIT, "placement=spread"] for part in ("--set", each)]
+    found = json.loads(CliRunner().invoke(app, [*arguments, *sets, "--json"], catch_exceptions=False).stdout)
+    assert found["slowdown"]["p50"] > 1.5
+    assert (found["groups"][0]["culprit"], found["groups"][0]["link"][:3]) == (1, "nic")
+    with pytest.raises(ConfigError, match=r"nic\.9=0\.1: there is no such GPU; valid: 0 to 7"):
+        CliRunner().invoke(app, [*arguments[:-1], "9=0.1", *sets], catch_exceptions=False)
+
+
 def test_calibrate_takes_other_inputs_and_never_writes_them_over_the_committed_ones(monkeypatch):
     def refused(*arguments):
         with pytest.raises(ConfigError) as caught:

@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from mlflow import MlflowClient
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent.parent
@@ -33,9 +35,19 @@ def session_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("home")
 
 
+@pytest.fixture(scope="session")
+def empty_store(session_home: Path) -> Path:
+    """MLflow's database before anything is recorded, whose making takes seconds: each test gets a copy."""
+    path = session_home / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
 @pytest.fixture
-def environment(session_home: Path, tmp_path: Path) -> dict[str, str]:
+def environment(session_home: Path, tmp_path: Path, empty_store: Path) -> dict[str, str]:
     """For a `python -m sweeps` of a test: its own MOELAB_HOME, no Ray but what the test gives it."""
+    (tmp_path / "moelab").mkdir()
+    shutil.copy(empty_store, tmp_path / "moelab" / "mlflow.db")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "MOELAB_"))}
     path = os.pathsep.join([str(HERE), str(REPOSITORY)])
     own = {"HOME": str(session_home), "MOELAB_CACHE": str(session_home / "cache"), "MOELAB_HOME": str(tmp_path / "moelab")}

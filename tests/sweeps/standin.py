@@ -54,7 +54,7 @@ def count(
             raise ValueError(f"a bug in step {step}")
         if _steered(root / "hang", directory.name) and step == 7 and _first(directory):
             time.sleep(10_000)
-        time.sleep(float((root / "slow").read_text() or 0.0) if (root / "slow").exists() else 0.0)
+        _go_slowly(root / "slow")
         with (directory / "computed.log").open("a") as log:
             log.write(f"{os.getpid()} {step}\n")
         record = Record(step=step, tokens=step * TOKENS_PER_STEP, metrics={LOSS: 3.0 / step, BITS_PER_BYTE: bits_per_byte(config, step)})
@@ -183,6 +183,13 @@ def _first(directory: Path) -> bool:
         return False
     (directory / "struck").write_text(str(os.getpid()))
     return True
+
+
+def _go_slowly(file: Path) -> None:
+    """For the seconds that stand in `file`, which may become fewer meanwhile."""
+    began = time.monotonic()
+    while file.exists() and (left := began + float(file.read_text() or 0.0) - time.monotonic()) > 0:
+        time.sleep(min(left, 0.1))
 
 
 def _steered(file: Path, run: str) -> bool:

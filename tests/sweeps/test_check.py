@@ -14,6 +14,7 @@ from research.errors import ConfigError
 from sweeps.__main__ import app
 from sweeps.check import problems
 from sweeps.check_cells import notes
+from sweeps.space import cells
 from sweeps.study import load_study
 
 StudyWriter = Callable[..., Path]
@@ -66,7 +67,7 @@ def test_sixteen_mistakes_in_one_file_are_sixteen_sentences(study: StudyWriter, 
         "retune: factors=[1.0]": "at least two",
         "resources: cpus_per_worker=0": ">= 1",
         "resources.gpus = 'required'": "no GPU",
-        "cluster = 'h900'": "h800",
+        "cluster.file = 'h900'": "h800",
     }
     for where, remedy in expected.items():
         assert any(p.startswith(f"{path}: {where}") and remedy in p for p in found), (where, found)
@@ -203,3 +204,88 @@ def test_whatever_stands_in_a_study_it_is_read_or_told_of_in_sentences(study: St
 
 
 LAST_STEP = "pruner.kind = 'median': validation/bits_per_byte is recorded at the last step (16) alone; lower base.training.validate_every = 200"
+
+
+RATE = "training.optimizer.learning_rate"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("seeds:", "\tseeds:", ["line ", "column 1", "spaces"]),
+        ("name: small", "name: small\non: 3", ["the key True", "quote it"]),
+        ("batch_size: 4", "batch_size: yes", ["training.batch_size = True", "expected a number"]),
+        ("- 1", "- on", ["seeds.1 = True", "expected a number"]),
+        ("name: small", "name: small\na: &a [*a]", ["contains itself"]),
+        ("preset: deepseek-v2-nano", "preset: [deepseek-v2-nano]", ["model.preset = ['deepseek-v2-nano']", "did you mean 'deepseek-v2-nano'?"]),
+    ],
+)
+def test_oddities_of_yaml_are_mistakes_in_one_line(study: StudyWriter, old: str, new: str, words: list[str]) -> None:
+    path = study()
+    path.write_text(path.read_text().replace(old, new, 1))
+    found = told(path)
+    assert any(all(word in problem for word in words) for problem in found), found
+    assert not any("\n" in problem for problem in found)
+    path.write_text("# nothing yet\n")
+    assert told(path) == [f"{path}: is empty, expected a mapping of keys to values"]
+
+
+def test_numbers_with_an_exponent_are_numbers(study: StudyWriter) -> None:
+    text = study(space={RATE: ["low", "high"]}, baseline={RATE: 0.001}).read_text()
+    path = study()
+    path.write_text(text.replace("- low", "- 1e-3").replace("- high", "- 2e+1"))
+    assert load_study(path).space[RATE] == [0.001, 20.0]
+    assert load_study(study(), [f"space.{RATE}=[1e-3, 1e-2]", f"baseline.{RATE}=1e-2"]).baseline[RATE] == 0.01
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"cluster": {"nodes": 0}}, ["cluster: nodes=0 must be >= 1"]),
+        ({"space": {LIMIT: [2, 3], CHOSEN: {"when": {LIMIT: []}, "choices": [2, 6]}}}, [f"space.{CHOSEN}.when.{LIMIT} = []", "never holds"]),
+        ({"space": {RATE: {"low": 0.1, "high": 10**9, "step": 0.1}}, "baseline": {RATE: 1}}, ["one-factor design of", "at most 10,000"]),
+        ({"space": {RATE: [0.1, float("inf")]}, "baseline": {RATE: 0.1}}, [f"space.{RATE} = inf", "finite"]),
+        ({"space": {RATE: ["0.1", 0.2]}, "baseline": {RATE: 0.1}}, [f"space.{RATE} = '0.1'", "in quotes"]),
+        ({"space": {"seed": [1, 2]}, "baseline": {"seed": 1}}, ["space.seed = [1, 2]", "seeds: [...]"]),
+        ({"space": {"model.moe": [1, 2]}, "baseline": {"model.moe": 1}}, ["space.model.moe = [1, 2]", "is a section", "model.moe."]),
+        ({"space": {"model.tie_word_embeddings": [True, "yes"]}, "baseline": {"model.tie_word_embeddings": True}}, ["'yes'", "true or false"]),
+        ({"space": {"training.batch_size": [4, 100]}, "baseline": {"training.batch_size": 4}}, ["batch_size=100", "3,200 tokens", "2,048 (+56.2%"]),
+        ({"seeds": [2**40]}, ["seeds = [1099511627776]", "at most"]),
+        ({"name": "x" * 200}, ["name = 'xxx", "1 to 100"]),
+        ({"resources": {"gpus_per_worker": 1.5}}, ["gpus_per_worker=1.5", "whole number"]),
+        ({"resources": {"workers": 4000}}, ["resources.workers = 4000", "there is room for", "RAY_ADDRESS"]),
+        ({"resources": {"cpus_per_worker": 4000}}, ["resources.cpus_per_worker = 4000", "RAY_ADDRESS"]),
+    ],
+)
+def test_what_was_let_through_once_is_named(study: StudyWriter, changes: dict[str, Any], words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    found = told(study(**changes))
+    assert any(all(word in problem for word in words) for problem in found), found
+    assert len(found) <= 2, "and nothing is told of that only follows from it"
+
+
+def test_settings_of_experts_in_a_dense_model(study: StudyWriter) -> None:
+    base = yaml.safe_load(study().read_text())["base"]
+    found = told(study(base={**base, "model": {"preset": "dense-nano", "vocab_size": 300}}))
+    assert [p.split(": ", 1)[1] for p in found] == [
+        f"space.{path}: base has no model.moe; take it out, or take a preset that has one" for path in (LIMIT, CHOSEN)
+    ]
+
+
+def test_a_wrong_leaf_of_base_hides_no_impossible_cell(study: StudyWriter) -> None:
+    base = yaml.safe_load(study().read_text())["base"]
+    base["training"] |= {"batchsize": 4, "train_tokens": "many"}
+    found = told(study(base=base, space={LIMIT: [3, 9], CHOSEN: [2, 6]}))
+    assert len(found) == 3
+    assert "device_limit=9 must lie in 1..8" in found[2]
+
+
+def test_a_section_of_the_wrong_type_is_one_mistake(study: StudyWriter) -> None:
+    assert len(told(study(space=[1]))) == 1
+    assert len(told(study(baseline=None))) == 1
+    assert len(told(study(space={LIMIT: {"low": 3, "high": 2}, CHOSEN: [2, 6]}))) == 1
+
+
+def test_equal_numbers_are_one_cell(study: StudyWriter) -> None:
+    loaded = load_study(study(space={RATE: [1.0, 2.0]}, baseline={RATE: 1}))
+    assert len(cells(loaded)) == 2

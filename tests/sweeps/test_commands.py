@@ -8,8 +8,9 @@ import socket
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.csv
@@ -22,7 +23,8 @@ from typer.testing import CliRunner
 
 from research.errors import UserError
 from sweeps import schema
-from sweeps.__main__ import app
+from sweeps.__main__ import app, main
+from sweeps.jobs import Job
 from sweeps.study import load_study
 from sweeps.ui import mlflow_command, optuna_command
 
@@ -50,10 +52,39 @@ def test_every_command_has_help_with_an_example_of_itself(command: str) -> None:
     assert {word for word in example[2].split() if word.startswith("--")} <= options, "the example uses options that there are"
 
 
-@pytest.mark.parametrize("command", ["check", "plan", "submit", "status", "stop", "retry", "export", "doctor", "init"])
+@pytest.mark.parametrize("command", [c for c in (*COMMANDS, "workers") if c != "ui"])
 def test_what_a_script_would_read_comes_as_json_too(command: str) -> None:
     group: Any = typer.main.get_command(app)
     assert "--json" in {option for parameter in group.commands[command].params for option in parameter.opts}
+
+
+def test_mistakes_come_as_json_where_that_is_asked_for(
+    study: StudyWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = study(seeds=[])
+    for arguments in (["run", str(path)], ["plan", str(path)], ["status", str(tmp_path / "nothing")]):
+        said = {}
+        for more in ([], ["--json"]):
+            monkeypatch.setattr(sys, "argv", ["sweeps", *arguments, *more])
+            with pytest.raises(SystemExit) as ended:
+                main()
+            assert ended.value.code == 1
+            said[bool(more)] = capsys.readouterr()
+        assert said[False].out == ""
+        assert said[True].err == said[False].err
+        assert json.loads(said[True].out) == {"ok": False, "problems": said[False].err.splitlines()}
+
+
+def test_a_jobs_output_goes_where_it_is_wanted(capsys: pytest.CaptureFixture[str]) -> None:
+    class Client:
+        async def tail_job_logs(self, submission: str) -> AsyncIterator[str]:
+            yield f"{submission} says\n"
+
+        def get_job_info(self, submission: str) -> SimpleNamespace:
+            return SimpleNamespace(driver_exit_code=3)
+
+    assert Job(Client(), "job").follow(sys.stderr) == 3
+    assert tuple(capsys.readouterr()) == ("", "job says\n")
 
 
 def test_init_writes_a_study_that_is_right_and_never_overwrites(tmp_path: Path) -> None:
@@ -72,6 +103,7 @@ def test_init_writes_a_study_that_is_right_and_never_overwrites(tmp_path: Path) 
     assert code == 1
     assert "is there already" in error
     assert path.read_text() == "mine"
+    assert invoke("init", "--folder", tmp_path, "--", "-latent")[0] == 1
     code, _, error = invoke("init", "a/b", "--folder", tmp_path)
     assert code == 1
     assert "NAME = 'a/b'" in error
@@ -182,23 +214,26 @@ def test_retry_puts_back_by_class_and_by_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_what_failed_is_put_back_and_finished_and_a_running_study_is_stopped(study: StudyWriter, sweeps: Sweeps) -> None:
-    sweeps.environment["MLFLOW_TRACKING_URI"] = "http://127.0.0.1:9"  # nobody there: no database has to be made
     path, inline = study(seeds=[0]), ["--executor", "inline", "--function", STANDIN]
     sweeps.steer("bug", "001-0")
     code, output = sweeps.call("run", path, *inline)
     assert code == 3, output
     assert sweeps.summaries()["001-0"]["state"] == "failed"
     (sweeps.root / "bug").unlink()
-    sweeps.steer("slow", "0.1")
+    sweeps.steer("slow", "3.0")
     process = sweeps.start("retry", "small", "--class", "bug", "--run-now", *inline)
-    sweeps.await_steps("001-0", 5)
+    sweeps.await_steps("001-0", 3)
     code, output = sweeps.call("stop", "small", "--wait", "--json")
     assert (code, json.loads(output)["state"]) == (0, "stopped")
     assert process.wait(30) == 143
     code, output = sweeps.call("stop", "small")
     assert (code, "is not running" in output) == (1, True)
     sweeps.steer("slow", "0.0")
-    assert sweeps.call("resume", path, *inline)[0] == 0
+    command = [sys.executable, "-m", "sweeps", "resume", str(path), *inline, "--json"]
+    done = subprocess.run(command, env=sweeps.environment, capture_output=True, text=True, timeout=120, check=False)
+    said = json.loads(done.stdout)
+    assert (done.returncode, said["exit_code"], said["state"], said["counts"]) == (0, 0, "finished", {"finished": 3})
+    assert "001-0 finished" in done.stderr
     assert {s["state"] for s in sweeps.summaries().values()} == {"finished"}
 
 

@@ -1,6 +1,7 @@
 """The driver in this process, with a trial function that counts: what is asked, told, kept and refused."""
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from mlflow import MlflowClient
 from standin import bits_per_byte
 from typer.testing import CliRunner
 
-from research.errors import DataError
+from research.errors import DataError, UserError
 from sweeps import schema, search
 from sweeps.__main__ import app
 from sweeps.driver import Driver
 from sweeps.executors import Event, InlineExecutor
 from sweeps.failures import Failure
+from sweeps.outbox import Outbox
 from sweeps.study import load_study
 from sweeps.trial import Job
 
@@ -310,3 +312,34 @@ def test_status_knows_a_driver_that_is_gone(study: StudyWriter, local: Path) -> 
     result = CliRunner().invoke(app, ["status", "small", "--json"])
     assert json.loads(result.stdout)["state"] == "interrupted"
     assert computed(root, "000-0")[-1][1] == 20
+
+
+def test_the_store_is_reached_while_workers_start_and_closed_while_they_end(study: StudyWriter, local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each waits for the other, so that one after the other would never end."""
+    reached, finishing, closing = threading.Event(), threading.Event(), threading.Event()
+
+    class Slow(InlineExecutor):
+        def __init__(self) -> None:
+            assert reached.wait(20), "nothing reached for the store while the workers start"
+            super().__init__()
+
+        def close(self) -> None:
+            closing.set()
+            assert finishing.wait(20), "nothing sends the rest while the workers end"
+
+    def finish(self: Outbox, state: str) -> None:
+        finishing.set()
+        assert closing.wait(20)
+
+    monkeypatch.setattr("sweeps.tracking.Tracker.connect", lambda self: reached.set())
+    monkeypatch.setattr("sweeps.tracking.Tracker.sync", lambda self, runs, **_: None)
+    monkeypatch.setattr(Outbox, "finish", finish)
+    assert drive(study(seeds=[0]), local / "small", executor=lambda study, runs: Slow()) == "finished"
+
+
+def test_a_root_that_cannot_be_is_refused_in_a_sentence(study: StudyWriter, local: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for root in (tmp_path / "file", tmp_path / "file" / "inside"):
+        with pytest.raises(UserError, match=r"file.*: cannot be a study's directory \(.*--root"):
+            drive(study(), root)
+    assert (tmp_path / "file").read_text() == "mine"

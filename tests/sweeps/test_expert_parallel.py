@@ -65,6 +65,9 @@ def test_a_member_that_is_killed_takes_its_group_with_it_and_the_run_ends_as_on_
 ) -> None:
     sweeps, tokens = sweeps_on_ray, 100 * 4 * 32
     driver = sweeps.start("run", parallel(study, corpus, tokens, 2))
+    await_((sweeps.root / "study.yaml").exists, 120, "the study's being read")
+    # The same run in one worker, meanwhile.
+    alone = sweeps.start("run", parallel(study, corpus, tokens, 1, name="alone"), "--executor", "inline")
     await_(lambda: len(records(sweeps.root)) >= 8, 120, "eight records")
     group = workers_of(session_home)
     assert len(group) == 2
@@ -77,11 +80,9 @@ def test_a_member_that_is_killed_takes_its_group_with_it_and_the_run_ends_as_on_
     ours, summary = records(sweeps.root), sweeps.summaries()["000-0"]
     assert summary["attempts"] == 2
     assert [r["step"] for r in ours] == list(range(2, 101, 2)), "each record stands there once"
-    # The same run in one worker.
+    output, _ = alone.communicate(timeout=180)
+    assert alone.returncode == 0, output
     sweeps.root = sweeps.root.with_name("alone")
-    path = parallel(study, corpus, tokens, 1, name="alone")
-    code, output = sweeps.call("run", path)
-    assert code == 0, output
     for our, wanted in list(zip(ours, records(sweeps.root), strict=True))[:10]:
         for name in ("train/loss", "train/balance_expert", "train/balance_device", "train/balance_communication"):
             assert our[name] == pytest.approx(wanted[name], rel=1e-4), (our["step"], name)

@@ -17,9 +17,12 @@ from test_driver import DyingExecutor, drive, optuna_trials, read
 
 from research.errors import CollectiveFailed, ConfigError, DiskFull, OutOfMemory
 from sweeps import schema
-from sweeps.executors import InlineExecutor
+from sweeps.cluster import RayExecutor, _Slot
+from sweeps.connection import connect
+from sweeps.executors import Event, InlineExecutor
 from sweeps.failures import MAX_TRIES, Attempts, Failure, classify, read_attempts, reset_runs
 from sweeps.study import load_study
+from sweeps.trial import Job
 
 StudyWriter = Callable[..., Path]
 
@@ -124,6 +127,73 @@ def test_out_of_memory_halves_the_micro_batch_and_nothing_else(study: StudyWrite
     assert any("out-of-memory" in line and "2 sequences per pass, the same global batch" in line for line in lines)
     state = read(root / schema.STATE_FILE)
     assert (state["failed_attempts"], state["failures"]) == ({schema.OUT_OF_MEMORY: 6}, {})
+
+
+class KillingNode(InlineExecutor):
+    """Ray's memory monitor: it kills the worker of every attempt with more than 2 sequences per pass, and raises what Ray raises."""
+
+    def __init__(self, error: Exception) -> None:
+        import ray
+
+        super().__init__()
+        self._real = RayExecutor.__new__(RayExecutor)
+        self._real._ray = ray
+        self._error, self.lost = error, list[str]()
+
+    def start(self, job: Job) -> None:
+        if job.micro_batch_size is None:
+            self.lost.append(job.run)
+        else:
+            super().start(job)
+
+    def poll(self, wait: float = 0.0) -> list[Event]:
+        named = [self._real._named(self._error, _Slot(members=[])) for _ in self.lost]
+        found = [Event(run=run, kind="failed", failure=failure) for run, failure in zip(self.lost, named, strict=True)]
+        self.lost = []
+        return found or super().poll(wait)
+
+
+def test_a_worker_that_the_node_killed_for_its_memory_goes_on_with_half(study: StudyWriter, local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is Ray's own, which with max_restarts=0 is raised for an actor that its memory monitor killed."""
+    import ray
+
+    said = "Task was killed due to the node running low on memory.\nMemory on the node was 7.5GB / 7.7GB (0.97), above the threshold of 0.95."
+    error = ray.exceptions.OutOfMemoryError(said)
+    monkeypatch.setattr(RayExecutor, "_all_nodes_live", lambda *_: True)
+    root = local / "small"
+    assert drive(study(seeds=[0]), root, executor=lambda study, runs: KillingNode(error)) == "finished"
+    for run in ("000-0", "001-0", "002-0"):
+        first, second = attempts(root, run)
+        assert (first["state"], first["failure"], first["charged"], first["micro_batch_size"]) == ("lost", schema.OUT_OF_MEMORY, False, None)
+        assert "running low on memory" in first["text"]
+        assert (second["state"], second["micro_batch_size"]) == ("finished", 2)
+        assert read(root / "runs" / run / schema.CONFIG_FILE)["training"]["batch_size"] == 4
+
+
+def test_a_local_ray_that_starts_late_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Late:
+        """`ray.init` as on a machine that is busy: a plain Exception, twice."""
+
+        def __init__(self, times: int) -> None:
+            self.left, self.said = times, list[str]()
+
+        def init(self, **_: Any) -> None:
+            self.said.append("init")
+            self.left -= 1
+            if self.left >= 0:
+                raise Exception("The current node timed out during startup.")
+
+        def shutdown(self) -> None:
+            self.said.append("shutdown")
+
+    slow, dead = Late(2), Late(100)
+    connect(slow, None)
+    assert slow.said == ["init", "shutdown", "init", "shutdown", "init"]
+    with pytest.raises(ConfigError, match=r"no Ray of its own can be started here, in 3 tries \(The current node timed out"):
+        connect(dead, None)
+    assert dead.said.count("init") == 3
+    with pytest.raises(ConfigError, match=r"RAY_ADDRESS = 'there:1': no Ray cluster answers there"):
+        connect(Late(1), "there:1")
 
 
 def test_one_sequence_that_does_not_fit_is_the_end(study: StudyWriter, local: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import secrets
 import socket
 import subprocess
 import sys
@@ -33,7 +34,8 @@ class Head:
 
     def __init__(self, home: Path, environment: dict[str, str]) -> None:
         self.environment = {**environment, "HOME": str(home), "RAY_USAGE_STATS_ENABLED": "0"}
-        self.call("get-auth-token", "--generate")
+        (home / ".ray").mkdir()
+        (home / ".ray" / "auth_token").write_text(secrets.token_hex(32))
         self.dashboard = free_port()
         ports = [f"--port={free_port()}", f"--dashboard-port={self.dashboard}", f"--dashboard-agent-listen-port={free_port()}"]
         command = [*RAY, "start", "--head", "--num-cpus=4", "--num-gpus=1", "--block", f"--temp-dir={home / 'ray'}", *ports]
@@ -57,6 +59,10 @@ class Head:
         found = re.findall(r"(pending|running|was stopped|succeeded|failed)", (done.stdout + done.stderr).lower())
         return found[-1].removeprefix("was ") if found else ""
 
+    def listens(self) -> bool:
+        with socket.socket() as client:
+            return client.connect_ex(("127.0.0.1", self.dashboard)) == 0
+
     def close(self) -> None:
         end(self.process)
 
@@ -69,6 +75,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     found = Head(home, {**kept, "PATH": path, "PYTHONPATH": os.pathsep.join([str(HERE), str(REPOSITORY)])})
     try:
+        await_(found.listens, 120, "the dashboard's port")  # asking costs seconds, each time
         await_(lambda: found.job("list").returncode == 0, 120, "the dashboard")
         yield found
     finally:

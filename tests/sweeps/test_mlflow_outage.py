@@ -1,6 +1,7 @@
 """A real MLflow server with a database that is killed while a study runs: training goes on, and nothing is missing afterwards."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,11 +18,16 @@ from sweeps import schema
 
 pytestmark = pytest.mark.slow
 
+IMPATIENT = "import sweeps.driver, sweeps.tracking; sweeps.driver.SYNC_SECONDS, sweeps.tracking.RETRY_SECONDS = 1.0, 2.0; "
+IMPATIENT += "from sweeps.__main__ import main; main()"
+"""`python -m sweeps`, but for how long it waits before it asks the server again."""
+
 
 class Server:
     """`mlflow server` on a port and a database that survive its death."""
 
-    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+    def __init__(self, folder: Path, environment: dict[str, str], empty_store: Path) -> None:
+        shutil.copy(empty_store, folder / "server.db")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
@@ -45,14 +51,16 @@ class Server:
             return client.connect_ex(("127.0.0.1", self.port)) == 0
 
 
-def test_a_server_that_is_killed_and_comes_back_has_everything_once(sweeps: Sweeps, study: Callable[..., Path], tmp_path: Path) -> None:
-    server = Server(tmp_path, sweeps.environment)
+def test_a_server_that_is_killed_and_comes_back_has_everything_once(
+    sweeps: Sweeps, study: Callable[..., Path], tmp_path: Path, empty_store: Path
+) -> None:
+    server = Server(tmp_path, sweeps.environment, empty_store)
     try:
         sweeps.environment["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{server.port}"
         sweeps.steer("slow", "0.5")
         log = tmp_path / "output"
         with log.open("w") as file:
-            command = [sys.executable, "-m", "sweeps", "run", str(study(seeds=[0])), "--executor", "inline", "--function", STANDIN]
+            command = [sys.executable, "-c", IMPATIENT, "run", str(study(seeds=[0])), "--executor", "inline", "--function", STANDIN]
             driver = subprocess.Popen(command, env=sweeps.environment, stdout=file, stderr=subprocess.STDOUT)
         client = MlflowClient(server.database)
         await_(lambda: _records(client, "0") > 0, 90, "the first records in MLflow")
