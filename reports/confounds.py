@@ -10,6 +10,8 @@ from sweeps.variants import sets
 
 EQUAL = 0.02
 """Relative difference within which a quantity counts as held equal."""
+NAMED = "set by the named variants"
+"""Why a setting differs that a study's `variants` lay over its base."""
 QUANTITIES = {
     "tokens": "training tokens",
     "training_flops": "training FLOPs",
@@ -56,7 +58,7 @@ def _reason(record: StudyRecord, run: Run, base: Run, path: str) -> str:
     if path == matched.get("adjust") or path in _texts(run.matched) or path in _texts(base.matched):
         return "turned to match the budget"
     if sets(record.study.get("variants") or {}, path):
-        return "set by the named variants"
+        return NAMED
     if path == "training.optimizer.learning_rate" and (run.retuned or record.study.get("retune")):
         return "tuned anew for each variant"
     return ""

@@ -21,6 +21,8 @@ TEMPLATES = Path(__file__).with_name("templates")
 _MARKDOWN = MarkdownIt("commonmark", {"html": False})
 LONG = 20
 """Characters of a cell from which on its column wraps, in a table of prose."""
+TALL = 24
+"""Rows from which on a table scrolls in its own frame; a shorter one stands whole."""
 Cell = str | tuple[str, float]
 """What is shown, with the number to sort by where the text does not say it."""
 
@@ -184,7 +186,7 @@ def _html_table(table: Table) -> str:
             cells.append(f"<td{sort}{long[index]}{label}>{text}</td>" if index else f'<th scope="row"{sort}>{text}</th>')
         rows.append(f"<tr>{''.join(cells)}</tr>")
     note = f'<p class="small">{inline(table.note)}</p>' if table.note else ""
-    kind = "table prose" if table.prose else "table"
+    kind = "table prose" if table.prose else "table tall" if len(table.rows) > TALL else "table"
     return (
         f'<div class="{kind}" tabindex="0" role="region" aria-label="{escape(plain(table.caption))}"><table id="table-{table.name}">'
         f"<caption>{inline(table.caption)}</caption><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>{note}"

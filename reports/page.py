@@ -36,7 +36,13 @@ def page(analysis: Analysis, charts: dict[str, Chart], missing: dict[str, str]) 
         blocks += [Heading("Who was routed where"), tables.routing(analysis), *routing_effects.blocks(analysis), *picture("distinct-devices")]
         blocks += [*picture("device-load"), *picture("expert-load")]
     blocks += [Heading("What matters"), *picture("importances")]
-    blocks += [Heading("What was held equal"), *_matched(analysis), *_some(tables.budget(analysis)), Bullets(tuple(_confounds(analysis)))]
+    blocks += [
+        Heading("What was held equal"),
+        *_matched(analysis),
+        *_some(tables.budget(analysis)),
+        *_some(tables.named(analysis)),
+        Bullets(tuple(_confounds(analysis))),
+    ]
     blocks += [Heading("Set-up"), Bullets(tuple(_setup(analysis))), *_text_table(analysis)]
     blocks += [Heading("What did not finish"), Bullets(tuple(_failures(analysis)))]
     blocks += [Heading("Provenance"), Bullets(tuple(_provenance(analysis))), tables.runs(analysis)]
@@ -122,21 +128,43 @@ def _matched(analysis: Analysis) -> list[Block]:
         if shares and max(map(abs, shares)) <= confounds.EQUAL:
             equal.append(label)
         elif shares:
-            unequal.append(f"{label} ({min(shares):+.0%} to {max(shares):+.0%})")
-    parts = [f"The study asked for equal {safe(str(asked.get('matched', 'budgets')).replace('_', ' '))}."]
+            low, high = (f"{share:+.0%}" for share in (min(shares), max(shares)))
+            unequal.append(f"{label} ({low})" if low == high else f"{label} ({low} to {high})")
+    matched = str(asked.get("matched", "budgets"))
+    parts = ["The study asked for no equal budget." if matched == "none" else f"The study asked for equal {safe(_quantity(matched))}."]
     parts.append(f"Equal within {confounds.EQUAL * 100:.0f} %: {words.join(equal)}." if equal else "Nothing that was recorded is equal within 2 %.")
     if unequal:
         parts.append(f"Not equal: {words.join(unequal)}.")
     rows: dict[str, str] = {}
     for run in analysis.record.runs:
-        kept = [f"{key.replace('_', ' ')} {_short(value)}" for key, value in run.matched.items() if not isinstance(value, dict)]
+        kept = _match_words(run.matched)
         if run.retuned:
             edge = ", at the edge of those tried: a better one may lie outside" if run.retuned.get("edge") else ""
             kept.append(f"learning rate {_short(run.retuned.get('learning_rate'))} chosen by short runs{edge}")
         if kept:
             rows.setdefault(run.variant, ", ".join(kept))
-    items = tuple(f"{safe(variant)}: {safe(text)}" for variant, text in rows.items())
-    return [Text(" ".join(parts)), *([Bullets(items)] if items else [])]
+    alike: dict[str, list[str]] = {}
+    for variant, text in rows.items():
+        alike.setdefault(text, []).append(variant)
+    items = []
+    for text, variants in alike.items():
+        more = f" and {len(variants) - 6} more" if len(variants) > 6 else ""
+        who = "every variant" if len(variants) == len(analysis.variants) > 1 else ", ".join(variants[:6]) + more
+        items.append(f"{safe(who)}: {safe(text)}")
+    return [Text(" ".join(parts)), *([Bullets(tuple(items))] if items else [])]
+
+
+def _quantity(name: str) -> str:
+    return confounds.QUANTITIES.get(name, name.replace("_", " "))
+
+
+def _match_words(matched: dict[str, Any]) -> list[str]:
+    """`660,480 training tokens of 660,000 asked (+0.1 %), by training.train_tokens = 1,234`; nothing where nothing was matched."""
+    requested, achieved = (matched.get(key) for key in ("requested", "achieved"))
+    if not isinstance(achieved, int | float) or not isinstance(requested, int | float) or not requested:
+        return []
+    text = f"{_short(achieved)} {_quantity(str(matched.get('quantity')))} of {_short(requested)} asked ({100 * (achieved / requested - 1):+.1f} %)"
+    return [text, f"by {matched['adjusted']} = {_short(matched.get('value'))}"] if matched.get("adjusted") else [text]
 
 
 def _short(value: Any) -> str:
@@ -147,6 +175,8 @@ def _confounds(analysis: Analysis) -> list[str]:
     found = []
     explained: dict[str, list[str]] = {}
     for d in analysis.differences:
+        if d.why == confounds.NAMED:
+            continue  # a table of their own
         text = f"{safe(d.variant)} has {safe(str(d.ours))}, the baseline {safe(str(d.theirs))}"
         explained.setdefault(f"`{d.path}` ({d.why})" if d.why else f"**Confound:** `{d.path}` also differs", []).append(text)
     for head, parts in explained.items():
@@ -155,7 +185,7 @@ def _confounds(analysis: Analysis) -> list[str]:
     if not any(not d.why for d in analysis.differences):
         found.append(
             "Resolved configurations differ from the baseline's only in the searched settings and the seed"
-            + (", and in what is said above." if found else ".")
+            + (", and in what is said above." if found or tables.named(analysis) else ".")
         )
     found += [f"**Confound:** {safe(text)}." for text in confounds.provenance_differences(analysis.record)]
     seeds = {v.words: sorted(v.values) for v in analysis.variants}

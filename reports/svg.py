@@ -154,7 +154,9 @@ def _intervals(panel: Intervals) -> tuple[float, str, list[Mark]]:
     if panel.band is not None:
         left, right = max(axes.x(-panel.band), axes.left), min(axes.x(panel.band), axes.right)
         body.append(f'<rect class="floor" x="{left:.1f}" y="{TOP}" width="{right - left:.1f}" height="{axes.bottom - TOP}"/>')
-    body += [*axes.parts, f'<path class="zero" d="M{axes.x(0):.1f} {TOP}V{axes.bottom}"/>']
+    # The zero line beside each interval only: it would run through the names.
+    zero = "".join(f"M{axes.x(0):.1f} {TOP + row * index + 20}v14" for index in range(len(panel.items)))
+    body += [*axes.parts, f'<path class="zero" d="{zero}"/>']
     for index, item in enumerate(panel.items):
         y = TOP + row * index + 27
         body.append(f'<text class="name" x="{axes.left}" y="{y - 11}">{escape(item.name)}</text>')

@@ -195,6 +195,23 @@ def budget(analysis: Analysis) -> Table | None:
     )
 
 
+def named(analysis: Analysis) -> Table | None:
+    """Settings that the study's named variants lay over its base, where they are not all alike."""
+    found = [d for d in analysis.differences if d.why == confounds.NAMED]
+    if not found:
+        return None
+    ours = {(d.path, d.variant): d.ours for d in found}
+    theirs = {d.path: d.theirs for d in found}
+    shown = [v for v in analysis.variants if not v.baseline and any(d.variant == v.name for d in found)]
+    rows: list[tuple[Cell, ...]] = []
+    for path in sorted(theirs):
+        values = [theirs[path], *(ours.get((path, v.name), theirs[path]) for v in shown)]
+        rows.append((f"`{path}`", *("" if value is None else safe(str(value)) for value in values)))
+    base = analysis.baseline
+    head = ("setting", safe(base.runs[0].variant) if base else "baseline", *(v.words for v in shown))
+    return Table(name="named", caption="What the named variants set", head=head, rows=tuple(rows), note="Empty: the variant has no such setting.")
+
+
 def runs(analysis: Analysis) -> Table:
     """Every run, with what identifies it."""
     rows = []

@@ -84,6 +84,8 @@ def _answer(analysis: Analysis) -> str:
     if not parts:
         none = f"Of {len(others)} variants none can be told from the baseline{_limit(analysis)}"
         return f"{none}{silent}." if analysis.compared else f"None of {len(others)} variants can be compared with the baseline{silent}."
+    if len(told) == len(others) > 2 and len({analysis.worse(v) for v in told}) == 1:
+        return f"All {len(others)} variants are {'worse' if worse else 'better'} than the baseline ({_listed(told)})."
     shown = f"; {rest} cannot be told from it{_limit(analysis)}" if rest else ""
     return f"Of {len(others)} variants {join(parts)}{shown}{silent}."
 

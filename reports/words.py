@@ -222,7 +222,8 @@ def savings(ours: Mapping[str, Estimate], theirs: Mapping[str, Estimate], skip: 
         else:
             equal.append(of)
             largest = max(largest, abs(change))
-    if dense_baseline and schema.DISTINCT_DEVICES in ours and skip != schema.DISTINCT_DEVICES:
+    # Experts that all lie on one device are sent nowhere.
+    if dense_baseline and schema.DISTINCT_DEVICES in ours and skip != schema.DISTINCT_DEVICES and ours[schema.DISTINCT_DEVICES].mean > 1:
         more.append(f"{ours[schema.DISTINCT_DEVICES].mean:.2g} sends per token, where the baseline has none")
     if less or more:
         return (f"saves {join(less)}" if less else "") + (", but " if less and more else "") + (f"takes {join(more)}" if more else "")

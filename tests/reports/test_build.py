@@ -11,6 +11,7 @@ from collections import defaultdict
 
 import planted
 import pytest
+import yaml
 
 from reports import document, verdict
 from reports.__main__ import main
@@ -241,15 +242,41 @@ def test_a_confound_is_named_and_a_matched_knob_is_not_one(write_store, tmp_path
         path.write_text(json.dumps(config))
         rewrite(
             root / schema.RUNS_DIRECTORY / f"001-{seed}" / schema.RUN_FILE,
-            matched={"matched": "training_flops", "adjust": "training.train_tokens", "achieved": 1.5e9, "value": 1234},
+            matched={"quantity": "training_flops", "requested": 1.6e9, "achieved": 1.5e9, "adjusted": "training.train_tokens", "value": 1234},
         )
         rewrite(root / schema.RUNS_DIRECTORY / f"002-{seed}" / schema.RUN_FILE, commit="def")
     text, _ = said(root)
-    assert "kv\\_lora\\_rank=16: matched training\\_flops, adjust training.train\\_tokens, achieved 1.5e+09, value 1,234" in text
+    assert "kv\\_lora\\_rank=16: 1.5e+09 training FLOPs of 1.6e+09 asked (-6.2 %), by training.train\\_tokens = 1,234" in text
     assert "`training.train_tokens` (turned to match the budget): kv\\_lora\\_rank=16 has 1234, the baseline 1000" in text
     assert "**Confound:** `training.optimizer.learning_rate` also differs: kv\\_lora\\_rank=16 has 0.5" in text
     assert "**Confound:** runs were made by 2 commits: abc, def" in text
     assert "only in the searched settings" not in text
+
+
+def test_named_variants_are_a_table_and_no_confound(write_store, tmp_path):
+    """Whole models by name: what they set stands in a table; what was matched alike is one line, and a stranger is still a confound."""
+    root = write_store(tmp_path / "s", seeds=(0, 1))
+    path = root / schema.STUDY_FILE
+    study = yaml.safe_load(path.read_text())
+    path.write_text(
+        yaml.safe_dump({**study, "variants": {"wide": {"model": {"attention": {"num_attention_heads": 2}}}}, "budget": {"matched": "none"}})
+    )
+    for folder in (root / schema.RUNS_DIRECTORY).iterdir():
+        matched = {"quantity": "tokens", "requested": 1000.0, "achieved": 1010.0, "adjusted": None, "value": None, "difference": 0.01}
+        rewrite(folder / schema.RUN_FILE, matched=matched)
+    for seed in (0, 1):
+        path = root / schema.RUNS_DIRECTORY / f"002-{seed}" / schema.CONFIG_FILE
+        config = json.loads(path.read_text())
+        config["model"]["attention"]["num_attention_heads"] = 2
+        config["training"]["batch_size"] = 77
+        path.write_text(json.dumps(config))
+    text, _ = said(root)
+    assert "| setting | baseline | M = 2 |" in text
+    assert "| `model.attention.num_attention_heads` | 4 | 2 |" in text
+    assert "**Confound:** `training.batch_size` also differs: device\\_limit=2 has 77" in text
+    assert "num_attention_heads` (" not in text
+    assert "- every variant: 1,010 training tokens of 1,000 asked (+1.0 %)" in text
+    assert "The study asked for no equal budget." in text
 
 
 def test_runs_that_chose_a_learning_rate_are_no_replicates(write_store, tmp_path):
