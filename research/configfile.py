@@ -36,7 +36,7 @@ class _Unique(yaml.SafeLoader):
 
 
 _Unique.add_implicit_resolver(  # YAML 1.1 takes 1e-3 and 2.5e4 for words; everybody else takes them for numbers
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from research.config import config_id
-from research.configfile import load_run_config, merge
+from research.configfile import load_run_config, merge, parse_yaml
 from research.errors import ConfigError
 
 RUN = {"model": "deepseek-v2-nano", "training": {"train_tokens": 1000}}
@@ -58,3 +58,7 @@ def test_an_unknown_preset_names_the_nearest():
 
 def test_merge_lays_leaves_over_each_other():
     assert merge({"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"c": 3}, "d": [2]}) == {"a": {"b": 1, "c": 3}, "d": [2]}
+
+
+def test_a_number_in_front_of_words_is_a_word():
+    assert parse_yaml("{a: 1e3 GPU-hours, b: 1e3, c: -2.5E-4, d: 3e4x}") == {"a": "1e3 GPU-hours", "b": 1000.0, "c": -2.5e-4, "d": "3e4x"}
