@@ -51,7 +51,8 @@ def explain(
 ) -> None:
     """What binds, where time goes, how much each constant matters, what would change it.  Example: python -m sims explain all-to-all --nodes 2
 
-    All options of the command of that name (python -m sims all-to-all --help) are understood.  Or: python -m sims explain serving --spec mine.json
+    All options of the command of that name (python -m sims all-to-all --help) are understood, `--set path=value` too.
+    Or: python -m sims explain serving --spec mine.json
     """
     if spec is not None and context.args:
         raise ConfigError(f"--spec {spec}: the file holds the whole question; leave out {' '.join(context.args)}")
