@@ -1,12 +1,14 @@
 """What a run costs, known before it is trained: the quantities that a budget holds equal and a constraint may bound."""
 
+import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from research import accounting
 from research.config import RunConfig
+from research.configfile import validate
 from research.memory import training_memory
 from sims import AllToAll, simulate
 from sweeps import schema
@@ -34,11 +36,16 @@ def memory_bytes(config: RunConfig) -> float:
     ).peak
 
 
-@lru_cache(maxsize=4096)
 def _one_layer(spec: AllToAll) -> tuple[float, float]:
     """Seconds and bytes (over NVLink and InfiniBand) of dispatch and combine of one MoE layer whose tokens are routed by random
     logits.  The one place where a study asks the cluster model before training."""
-    result = simulate(spec).to_dict()
+    return _answered(json.dumps(asdict(spec), sort_keys=True))
+
+
+@lru_cache(maxsize=4096)
+def _answered(question: str) -> tuple[float, float]:
+    """Of the fields of an AllToAll as JSON, which makes a key."""
+    result = simulate(validate(AllToAll, json.loads(question), "all-to-all")).to_dict()
     return float(result["seconds"]), float(result["nvlink_bytes"] + result["infiniband_bytes"])
 
 

@@ -282,7 +282,7 @@ def test_a_study_that_never_ran_binds_nobody(study: StudyWriter, local: Path, mo
 def test_an_outage_of_mlflow_stops_nothing_and_loses_nothing(study: StudyWriter, local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, lines = local / "small", list[str]()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{local / 'file' / 'mlflow.db'}")
-    local.mkdir(parents=True)
+    local.mkdir(parents=True, exist_ok=True)
     (local / "file").write_text("not a directory, so that no store can be opened there")
     assert drive(study(seeds=[0]), root, lines) == "finished"
     assert any("MLflow cannot be reached" in line for line in lines)

@@ -68,7 +68,7 @@ def test_a_member_that_is_killed_takes_its_group_with_it_and_the_run_ends_as_on_
     await_((sweeps.root / "study.yaml").exists, 120, "the study's being read")
     # The same run in one worker, meanwhile.
     alone = sweeps.start("run", parallel(study, corpus, tokens, 1, name="alone"), "--executor", "inline")
-    await_(lambda: len(records(sweeps.root)) >= 8, 120, "eight records")
+    await_(lambda: len(records(sweeps.root)) >= 8, 300, "eight records")
     group = workers_of(session_home)
     assert len(group) == 2
     os.kill(group[-1], signal.SIGKILL)
