@@ -21,9 +21,8 @@ def parts() -> list[list[str]]:
     rooms = [path for path in HERE.iterdir() if path.name.startswith("test_") or any(path.glob("test_*.py"))]
     sweeps = sorted(f"tests/sweeps/{path.name}" for path in HERE.glob("sweeps/test_*.py"))
     on_ray = [path for path in sweeps if path.removeprefix("tests/sweeps/test_").removesuffix(".py") in ON_RAY]
-    # Rays mostly wait; beside them there is time for the rooms that compute little.
     light = sorted((f"tests/{path.name}" for path in rooms if path.name not in ("research", "sims", "sweeps")), reverse=True)
-    return [["tests/sims", "tests/research"], [path for path in sweeps if path not in on_ray], [*light, *on_ray]]
+    return [["tests/sims", "tests/research"], [*light, *(path for path in sweeps if path not in on_ray)], on_ray]
 
 
 def main() -> int:
