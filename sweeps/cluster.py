@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from research.errors import ConfigError
 from sweeps import schema
-from sweeps.connection import connect, token_of_its_own
+from sweeps.connection import connect, settings_of_its_own
 from sweeps.control import Workers
 from sweeps.executors import Event, events
 from sweeps.failures import Failure
@@ -25,7 +25,7 @@ from sweeps.workers import Answer, Place, Worker, bury
 START_SECONDS = 120.0
 POLL_SECONDS = 60.0
 """A worker that does not answer for so long is hung, whatever its run is at: training is in a thread of its own."""
-ANSWER_SECONDS = 0.5
+ANSWER_SECONDS = 1.0
 """So long a worker keeps a question if there is nothing to tell but progress."""
 BURY_SECONDS = 20.0
 RESIZE_SECONDS = 3.0
@@ -73,7 +73,7 @@ class RayExecutor:
     def __init__(self, resources: Resources, runs: int) -> None:
         self._local = not os.environ.get("RAY_ADDRESS")
         if self._local:
-            token_of_its_own()
+            settings_of_its_own()
         import ray  # noqa: PLC0415  (seconds; only a run that uses it pays)
 
         self._ray = ray

@@ -1,5 +1,6 @@
 """To a Ray cluster that is there, or to a local Ray that ends with this process."""
 
+import contextlib
 import logging
 import os
 import secrets
@@ -10,9 +11,13 @@ from research.errors import ConfigError
 LOCAL_TRIES = 3
 
 
-def token_of_its_own() -> None:
-    """For the local Ray of this process, so that Ray leaves none in the user's home: with one there the next `ray start`
-    would ask every client for it.  Ray reads the mode when it is imported."""
+def settings_of_its_own() -> None:
+    """For the local Ray of this process, to be made before Ray is imported, which reads them then.
+
+    A token, so that Ray leaves none in the user's home: with one there the next `ray start` would ask every client for it.  No
+    metrics of Ray's own processes: nobody reads them, and every core here has a worker.
+    """
+    os.environ.setdefault("RAY_enable_metrics_collection", "0")
     if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
@@ -36,6 +41,8 @@ def connect(ray: Any, address: str | None, group_cpus: int = 1) -> None:
     for left in reversed(range(1 if address else LOCAL_TRIES)):
         try:
             ray.init(**place, log_to_driver=False, logging_level=logging.ERROR)
+            if not address:
+                _end_idle_services()
             return
         except Exception as error:
             # Ray gives its own processes 30 s, after which it raises a plain Exception: too little on a machine that is busy.
@@ -45,3 +52,13 @@ def connect(ray: Any, address: str | None, group_cpus: int = 1) -> None:
                 raise ConfigError(f"RAY_ADDRESS = {address!r}: no Ray cluster answers there ({said})") from error
             if not left:
                 raise ConfigError(f"no Ray of its own can be started here, in {LOCAL_TRIES} tries ({said}); `python -m sweeps doctor`") from error
+
+
+def _end_idle_services() -> None:
+    """End what a local Ray starts for others: its reader of log files, its autoscaler and its dashboard's server take 1.5 % of a
+    core for nothing, and every core here has a worker.  Ray has no public setting for it; without these names they stay."""
+    with contextlib.suppress(ImportError, AttributeError, AssertionError):
+        from ray._private.worker import _global_node  # noqa: PLC0415
+
+        for end in (_global_node.kill_log_monitor, _global_node.kill_monitor, _global_node.kill_dashboard):
+            end(check_alive=False)

@@ -34,9 +34,9 @@ from sweeps.tracking import Tracker, tracking_uri
 from sweeps.trial import Job, accepts, failed_summary, pruned_summary, write_summary
 from sweeps.trials import Trials
 
-TURN_SECONDS = 0.2
+TURN_SECONDS = 0.5
 STATE_SECONDS = 2.0
-SYNC_SECONDS = 5.0
+SYNC_SECONDS = 20.0
 ALIKE_FAILURES = 3
 
 

@@ -74,7 +74,7 @@ def main(
     if "sims" in parts:
         found["sims"] = _said(sims.measure_sims(rounds, quick))
     if "sweeps" in parts:
-        found["sweeps"] = {"overhead": [_said(one) for one in sweeping.measure_overhead(quick)], **sweeping.measure_driver(quick)}
+        found["sweeps"] = {"overhead": sweeping.measure_overhead(quick, _said), **sweeping.measure_driver(quick)}
     if "parallel" in parts:
         found["parallel"] = parallel.measure_parallel(quick)
     # A page of some parts takes no whole one's place.

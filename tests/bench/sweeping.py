@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import yaml
@@ -28,16 +29,15 @@ RATE = "training.optimizer.learning_rate"
 SIZE = 256
 
 
-def measure_overhead(quick: bool = False) -> list[dict[str, Any]]:
+def measure_overhead(quick: bool = False, said: Callable[[dict[str, Any]], object] = lambda found: None) -> list[dict[str, Any]]:
     """Both systems on the same work in turn: seconds around a trial that are not its work."""
     found = []
     for name, (seconds, trials) in (QUICK if quick else CASES).items():
         rounds = _calibrated(seconds)
-        alone = _side_by_side(rounds) if rounds else 0.0
         for system in ("moelab", "ray-tune"):
-            arguments = ["--rounds", str(rounds), "--trials", str(trials)]
-            found.append({"case": name, "system": system, "alone": alone, "trials": trials, **_child(system, *arguments)})
-            found[-1] |= _overhead(found[-1])
+            measured = _child(system, "--rounds", str(rounds), "--trials", str(trials))
+            found.append({"case": name, "system": system, "trials": trials, **measured, **_overhead(measured, trials)})
+            said(found[-1])
     return found
 
 
@@ -47,11 +47,14 @@ def measure_driver(quick: bool = False) -> dict[str, Any]:
     return {"memory": _child("memory", "--trials", str(trials)), "answers": _child("answers", "--seconds", "5" if quick else "20")}
 
 
-def _overhead(of: Mapping[str, Any]) -> dict[str, float]:
-    """Per trial: all the workers' time from the first trial's start to the end of everything, less the work itself.  It is made of
-    the pause between two trials, of the end of the study, and of what the work took longer than undisturbed."""
-    around = of["seconds"] * WORKERS / of["trials"] - of["alone"]
-    return {"overhead": around, "share": around / of["alone"] if of["alone"] else float("nan")}
+def _overhead(of: Mapping[str, Any], trials: int) -> dict[str, float]:
+    """Per trial: all the workers' time from the first trial's start to the end of everything, less what the work had of a core.
+
+    It is made of the pause between two trials, of the end of the study, and of `waited`: what the work did not get of its core
+    because others of the machine had it.  All of it is of one run: how fast a shared machine is changes from minute to minute.
+    """
+    around = of["seconds"] * WORKERS / trials - of["work"] + of["waited"]
+    return {"overhead": around, "share": around / (of["work"] - of["waited"]) if of["work"] > 1.0 else float("nan")}
 
 
 def _child(*arguments: str) -> dict[str, Any]:
@@ -80,15 +83,10 @@ def _work(rounds: int) -> float:
     return float(b[0, 0])
 
 
-def _alone(rounds: int) -> float:
-    began = time.perf_counter()
-    _work(rounds)
-    return time.perf_counter() - began
-
-
 def _side_by_side(rounds: int) -> float:
-    """As the workers do it, on a core each, with nobody beside them."""
-    with multiprocessing.get_context("spawn").Pool(WORKERS) as pool:
+    """Seconds that the workers take for it, on a core and with one thread each."""
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))  # the other measurements pin this process, and its children with it
+    with patch.dict(os.environ, OMP_NUM_THREADS="1"), multiprocessing.get_context("spawn").Pool(WORKERS) as pool:
         return mean(pool.map(_pinned, [(core, rounds) for core in range(WORKERS)], chunksize=1))
 
 
@@ -96,12 +94,21 @@ def _pinned(given: tuple[int, int]) -> float:
     core, rounds = given
     there = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {there[core % len(there)]})
-    return _alone(rounds)
+    began = time.perf_counter()
+    _work(rounds)
+    return time.perf_counter() - began
 
 
 def _calibrated(seconds: float) -> int:
-    """Rounds that take about so many seconds."""
-    return int(seconds / (median(_alone(500) for _ in range(5)) / 500)) if seconds else 0
+    """Rounds that take about so many seconds where every worker does them."""
+    return int(seconds / (median(_side_by_side(2000) for _ in range(3)) / 2000)) if seconds else 0
+
+
+def _timed(rounds: int) -> str:
+    """The work; when it began and ended, in which process, and the seconds of a core that it had."""
+    began, had = time.time(), time.thread_time()
+    _work(rounds)
+    return json.dumps([began, time.time(), os.getpid(), time.thread_time() - had])
 
 
 def trial(
@@ -109,9 +116,7 @@ def trial(
 ) -> dict[str, Any]:
     """A trial function of a study: the work, and when it was done."""
     began = time.time()
-    root = directory.parent.parent
-    _work(int((root / "rounds").read_text()))
-    (directory / "times.json").write_text(json.dumps([began, time.time(), os.getpid()]))
+    (directory / "times.json").write_text(_timed(int((directory.parent.parent / "rounds").read_text())))
     metrics = {"validation/bits_per_byte": config["training"]["optimizer"]["learning_rate"]}
     return {"state": "finished", "reason": None, "steps": 1, "tokens": 1, "seconds": time.time() - began, "metrics": metrics, "device": "cpu"}
 
@@ -156,16 +161,18 @@ def _study(home: Path, trials: int) -> Path:
 
 
 def _spans(files: list[Path]) -> dict[str, Any]:
-    """First start, mean work, and mean pause between two trials of one worker."""
+    """First start, last end, mean work, what it waited of that, and the mean pause between two trials of one worker."""
     times = sorted(json.loads(file.read_text()) for file in files)
     last: dict[int, float] = {}
     pauses = []
-    for began, ended, pid in times:
+    for began, ended, pid, _ in times:
         if pid in last:
             pauses.append(began - last[pid])
         last[pid] = ended
-    works = [ended - began for began, ended, _ in times]
-    return {"first": times[0][0], "last": max(last.values()), "work": mean(works), "pause": mean(pauses) if pauses else float("nan")}
+    works = [ended - began for began, ended, _, _ in times]
+    waited = mean(works) - mean(had for *_, had in times)
+    pause = mean(pauses) if pauses else float("nan")
+    return {"first": times[0][0], "last": max(last.values()), "work": mean(works), "waited": waited, "pause": pause}
 
 
 def _moelab(home: Path, rounds: int, trials: int) -> dict[str, Any]:
@@ -193,11 +200,9 @@ def _ray_tune(home: Path, rounds: int, trials: int) -> dict[str, Any]:
     place.mkdir()
 
     def trainable(config: dict[str, float]) -> None:
-        from tests.bench.sweeping import _work
+        from tests.bench.sweeping import _timed
 
-        start = time.time()
-        _work(rounds)
-        (place / f"{os.getpid()}-{start}.json").write_text(json.dumps([start, time.time(), os.getpid()]))
+        (place / f"{os.getpid()}-{time.time()}.json").write_text(_timed(rounds))
         tune.report({"loss": config["rate"]})
 
     ray.init(address="local", include_dashboard=False, num_cpus=WORKERS, log_to_driver=False)
