@@ -58,7 +58,7 @@ def _end_idle_services() -> None:
     """End what a local Ray starts for others: its reader of log files, its autoscaler and its dashboard's server take 1.5 % of a
     core for nothing, and every core here has a worker.  Ray has no public setting for it; without these names they stay."""
     with contextlib.suppress(ImportError, AttributeError, AssertionError):
-        from ray._private.worker import _global_node  # noqa: PLC0415
+        from ray._private.worker import _global_node as node  # noqa: PLC0415
 
-        for end in (_global_node.kill_log_monitor, _global_node.kill_monitor, _global_node.kill_dashboard):
+        for end in (node.kill_log_monitor, node.kill_monitor, node.kill_dashboard):  # type: ignore[attr-defined]
             end(check_alive=False)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from research.config import ModelConfig
+from research.model import decoding
 from research.model.attention import GroupedAttention, MultiHeadLatentAttention, first_of_document
 from research.model.cache import Cache, LayerCache, Place
 from research.model.layers import FeedForward, Linear, RMSNorm, at_least_float32, rotary_table
@@ -57,7 +58,16 @@ class Block(nn.Module):
         chance: torch.Generator | None,
         first: Tensor | None,
     ) -> tuple[Tensor, Routing | None]:
-        x = x + self.self_attn(self.input_layernorm(x), table, cache, place, first)
+        attention = self.self_attn
+        if (
+            cache is not None
+            and place is not None
+            and protected_B is None
+            and chance is None
+            and decoding.usable(x, attention, self.mlp, cache, place)
+        ):
+            return decoding.step(x, (self.input_layernorm, self.post_attention_layernorm), attention, self.mlp, table, cache, place)
+        x = x + attention(self.input_layernorm(x), table, cache, place, first)
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
             out, routing = self.mlp(normed, ids, protected_B, chance)

@@ -134,21 +134,22 @@ def _sweeps(found: dict[str, Any]) -> list[str]:
         target = {"10 s": 0.05, "60 s": 0.02}.get(one["case"])
         ours = one["system"] == "moelab"
         seconds = f"{one['overhead']:.2f}" + (" (target 0.5)" if ours and target is None else "")
-        share = "" if not one["alone"] else f"{100 * one['share']:.1f} %" + (f" (target {100 * target:.0f} %)" if ours and target else "")
+        share = "" if one["work"] < 1 else f"{100 * one['share']:.1f} %" + (f" (target {100 * target:.0f} %)" if ours and target else "")
+        parts = (f"{one[key]:.2f}" for key in ("pause", "waited", "end"))
         rows.append(
-            (one["case"], one["system"], str(one["trials"]), f"{one['alone']:.1f}", seconds, share, f"{one['pause']:.2f}", f"{one['start']:.0f}")
+            (one["case"], one["system"], str(one["trials"]), f"{one['work'] - one['waited']:.1f}", seconds, share, *parts, f"{one['start']:.0f}")
         )
-    head = ("trial", "system", "trials", "its work alone, s", "around it, s", "share", "pause, s", "stretched, s", "end, s", "start, s")
+    head = ("trial", "system", "trials", "its work, s", "around it, s", "share", "pause, s", "waited, s", "end, s", "start, s")
     memory, answers = sweeps["memory"], sweeps["answers"]
     resident = ", ".join(f"{int(size) / 2**20:,.0f} MiB after {int(n):,}" for n, size in memory["resident"].items())
     status = ", ".join(f"{seconds:.2f}" for seconds in answers["status_seconds"])
     return [
         "## Around the training of a study",
         "",
-        "Matrix products of a fixed number on two workers, a TPE search. *Around*: both workers' time from the first trial's start to the end of",
-        "everything (with MLflow written, which Ray Tune has not), per trial, less the work as two processes do it here with nobody beside them. It is",
-        "made of the *pause* between two trials of a worker, of what the work was *stretched* by, and of the *end* of the study, which is one for all",
-        "its trials. *Start*: what it took to the first trial.",
+        "Matrix products of a fixed number on two workers, one to a core, and a TPE search. *Work*: the seconds of a core that it had. *Around*: both",
+        "workers' time from the first trial's start to the end of everything (with MLflow written, which Ray Tune has not), per trial, less that.",
+        "It is made of the *pause* between two trials of a worker, of what the work *waited* for its core, on which the driver, Ray's own processes",
+        "and the system run as well, and of the *end* of the study, which is one for all its trials. *Start*: what it took to the first trial.",
         "",
         *_table(head, rows),
         f"The driver holds {resident} trivial trials ({memory['bytes_per_trial'] / 1024:.1f} KiB per trial, Optuna's own copy of the journal included), and",

@@ -12,7 +12,7 @@ from research.model.kernels.native import library
 QUERIES = 64
 """Queries that attend at a time: their scores against all keys are what is held at once."""
 ROWS = 256
-"""As in kernels.c."""
+"""Assignments of one expert that are taken at a time."""
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -122,7 +122,7 @@ class _RoutedExperts(torch.autograd.Function):
         slots = _c().sort_by_expert(*map(_pointer, (ids, kept, slot, ends)), ids.numel(), experts)
         hidden, out = x.new_empty(slots, 2 * width), torch.zeros_like(x)
         scratch = x.new_empty(ROWS * (2 * size + width))
-        _c().experts_forward(*map(_pointer, (x, gates, slot, ends, gate_up, down, hidden, out, scratch)), *((chosen, experts, size, width)))
+        _c().experts_forward(*map(_pointer, (x, gates, slot, ends, gate_up, down, hidden, out, scratch)), chosen, experts, size, width, ROWS)
         ctx.save_for_backward(x, gates, slot, ends, gate_up, down, hidden)
         return out
 
@@ -137,7 +137,7 @@ class _RoutedExperts(torch.autograd.Function):
         scratch = x.new_empty(ROWS * (2 * size + 4 * width))
         _c().experts_backward(
             *map(_pointer, (gradient, x, gates, slot, ends, gate_up, down, hidden, dx, dgates, dgate_up, ddown, scratch)),
-            *((chosen, experts, size, width)),
+            *((chosen, experts, size, width, ROWS)),
         )
         return dx, dgates, None, None, dgate_up, ddown
 
@@ -196,7 +196,7 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key_value: Tensor, key_rope: Tensor | None, value: Tensor | None, table: Tensor, first: Tensor | None,
                 before: Tensor | None, sizes: Sizes, scale: float) -> Tensor:  # fmt: skip
-        query, key_value, table = query.contiguous(), key_value.contiguous(), _turns(table)
+        query, key_value, table = query.contiguous(), key_value.contiguous(), turns(table)
         key_rope = None if key_rope is None else _strided(key_rope)
         value = None if value is None else value.contiguous()
         out = query.new_empty(*query.shape[:2], sizes.heads * sizes.value)
@@ -229,7 +229,7 @@ class _AbsorbedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, latent: Tensor, key_rope: Tensor, weight: Tensor, table: Tensor, first: Tensor | None,
                 before: Tensor | None, sizes: Sizes, scale: float) -> Tensor:  # fmt: skip
-        query, latent, key_rope, table = query.contiguous(), _strided(latent), _strided(key_rope), _turns(table)
+        query, latent, key_rope, table = query.contiguous(), _strided(latent), _strided(key_rope), turns(table)
         (batch, length), (heads, _, nope, _, value), rank = query.shape[:2], sizes, latent.shape[-1]
         absorbed, context = query.new_empty(batch, length, heads * rank), query.new_empty(batch, length, heads * rank)
         inner = sizes._replace(groups=1, nope=rank, value=rank)
@@ -308,23 +308,28 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor, table: Tensor, 
     return _CausalAttention.apply(query, key, None, value, table, first, None, sizes, scale)
 
 
-CHUNK_BYTES = 2**17
-"""Of cached rows that decoding looks at at a time: they stay in the second-level cache, and so do the next ones, between the two products."""
+CHUNK_BYTES = 3 * 2**13
+"""Of cached rows that decoding looks at at a time: they stay in the first-level cache from the scores to the values."""
+
+
+def decode_room(rows: int, cached: int, rank: int, rope: int) -> tuple[int, int, int]:
+    """Of `latent_decode` with `rows` queries: cached rows at a time, floats of scratch, and lanes."""
+    chunk, lanes = max(16, min(cached, CHUNK_BYTES // (4 * (rank + rope)))), -(-rows // 8) * 8
+    return chunk, rows * (rank + rope) + lanes * (2 * rank + rope + 2) + 32 * chunk + 16, lanes
 
 
 def latent_decode(
     query: Tensor, latent: Tensor, key_rope: Tensor, weight: Tensor, table: Tensor, positions: Tensor, sizes: Sizes, scale: float
 ) -> Tensor:
     """`absorbed_attention` for a few new positions (int64, B, T) over a cache, each of which sees the rows up to its own; no gradients."""
-    query, latent, key_rope, table, positions = query.contiguous(), _strided(latent), _strided(key_rope), _turns(table), positions.contiguous()
+    query, latent, key_rope, table, positions = query.contiguous(), _strided(latent), _strided(key_rope), turns(table), positions.contiguous()
     (batch, length), (heads, _, nope, rope, value), rank = query.shape[:2], sizes, latent.shape[-1]
-    chunk = max(16, min(latent.shape[1], CHUNK_BYTES // (4 * (rank + rope))))
-    out = query.new_empty(batch, length, heads * value)
-    scratch = query.new_empty(length * heads * (3 * rank + rope + 2 + chunk))
+    chunk, floats, lanes = decode_room(length * heads, latent.shape[1], rank, rope)
+    out, scratch, last = query.new_empty(batch, length, heads * value), query.new_empty(floats), positions.new_empty(lanes)
     _c().latent_decode(
-        _pointer(query), _pointer(table), _per_batch(table, query),
+        _pointer(query), _pointer(table), per_batch(table, query),
         _pointer(latent), latent.stride(0), latent.stride(1), _pointer(key_rope), key_rope.stride(0), key_rope.stride(1),
-        *map(_pointer, (positions, weight, out, scratch)), scale, latent.shape[1],
+        *map(_pointer, (positions, weight, out, scratch, last)), scale, latent.shape[1],
         *((batch, length, heads, nope, rope, value, rank, chunk)),
     )  # fmt: skip
     return out
@@ -349,7 +354,7 @@ def _shape(query: Tensor, keys: Tensor, table: Tensor, first: Tensor | None, bef
            turn_keys: bool) -> _Shape:  # fmt: skip
     batch, length = query.shape[:2]
     return _Shape(
-        batch, sizes.heads, sizes.groups, length, sizes.nope, sizes.rope, sizes.value, scale, table.data_ptr(), _per_batch(table, query), turn_keys,
+        batch, sizes.heads, sizes.groups, length, sizes.nope, sizes.rope, sizes.value, scale, table.data_ptr(), per_batch(table, query), turn_keys,
         _pointer(first), min(QUERIES, length), keys.shape[1], _pointer(before),
     )  # fmt: skip
 
@@ -384,12 +389,12 @@ def _heads(transposed: str, heads: int, mnk: tuple[int, int, int], *operands: tu
     _c().heads_product(*(letter.encode() for letter in transposed), heads, *mnk, *(part for operand in operands for part in operand))
 
 
-def _turns(table: Tensor) -> Tensor:
+def turns(table: Tensor) -> Tensor:
     """Complex (..., T, R / 2) as real (..., T, R / 2, 2)."""
     return torch.view_as_real(table).contiguous()
 
 
-def _per_batch(table: Tensor, query: Tensor) -> int:
+def per_batch(table: Tensor, query: Tensor) -> int:
     """Floats between one sequence's table and the next one's, of real table (T, R / 2, 2) or (B or 1, 1, T, R / 2, 2)."""
     return table.stride(0) if table.ndim == 5 and table.shape[0] == query.shape[0] else 0
 

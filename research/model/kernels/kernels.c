@@ -4,11 +4,8 @@
    B sequences, T positions, H heads, N + R query width (R of it rotary), V value width.  Nothing here allocates: scratch is the caller's.
    NaN and infinity must come through, so that divergence is seen: no -ffast-math, only reassociation. */
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "kernels.h"
 
-typedef int64_t i64;
 typedef void (*sgemm_t)(const char *, const char *, const int *, const int *, const int *, const float *, const float *, const int *,
                         const float *, const int *, const float *, float *, const int *);
 static sgemm_t sgemm;
@@ -16,7 +13,7 @@ static sgemm_t sgemm;
 void set_sgemm(sgemm_t function) { sgemm = function; }
 
 /* Row-major C (m, n) = alpha op(A) op(B) + beta C: to the column-major routine it is C^T = op(B)^T op(A)^T. */
-static void gemm(char ta, char tb, int m, int n, int k, float alpha, const float *a, int lda, const float *b, int ldb, float beta, float *c, int ldc)
+void gemm(char ta, char tb, int m, int n, int k, float alpha, const float *a, int lda, const float *b, int ldb, float beta, float *c, int ldc)
 {
     if (m > 0 && n > 0)
         sgemm(&tb, &ta, &n, &m, &k, &alpha, b, &ldb, a, &lda, &beta, c, &ldc);
@@ -28,55 +25,31 @@ void repeat_product(char ta, char tb, i64 m, i64 n, i64 k, const float *a, i64 l
     for (i64 i = 0; i < times; i++) gemm(ta, tb, m, n, k, 1.0f, a, lda, b, ldb, 0.0f, c, ldc);
 }
 
-/* e^x to 1 ulp or so, in a form that vectorises: e^x = 2^n e^r with |r| <= ln(2) / 2. */
-static inline float exponential(float x)
-{
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
-    float n = rintf(x * 1.44269504f);
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    union { int32_t i; float f; } power = {.i = ((int32_t)n + 127) << 23};
-    return p * power.f;
-}
-
-static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
-
-/* The largest of n numbers, NaN not among them (a row with one is NaN afterwards by its exponentials). */
-#if defined(__GNUC__) && !defined(__clang__)
-__attribute__((optimize("finite-math-only")))
-#endif
-static float largest(const float *x, i64 n)
-{
-    float most = -INFINITY;
-    for (i64 j = 0; j < n; j++) most = x[j] > most ? x[j] : most;
-    return most;
-}
-
-/* out (m, n) = x (m, k) w^T of few rows: the weight (n, k) streams through once, which is all the time there is. */
+/* out (m, n) = x (m, k) w^T of few rows: the weight (n, k) streams through once, which is all the time there is.  Its four quarters side by
+   side: a core fetches four long streams almost twice as fast as one, or as four that end with every row. */
 void few_rows_product(const float *x, const float *w, float *out, i64 m, i64 n, i64 k)
 {
-    for (i64 j = 0; j < n; j += 4) {
-        const float *restrict a = w + j * k, *restrict b = j + 1 < n ? a + k : a, *restrict c = j + 2 < n ? a + 2 * k : a, *restrict d = j + 3 < n ? a + 3 * k : a;
+    i64 quarter = n / 4;
+    for (i64 j = 0; j < quarter; j++) {
+        const float *restrict a = w + j * k, *restrict b = a + quarter * k, *restrict c = b + quarter * k, *restrict d = c + quarter * k;
         for (i64 i = 0; i < m; i++) {
             const float *restrict row = x + i * k;
-            float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f}, s0 = 0.0f, s1 = 0.0f, s2 = 0.0f, s3 = 0.0f;
+            float *to = out + i * n + j, s0 = 0.0f, s1 = 0.0f, s2 = 0.0f, s3 = 0.0f;
             for (i64 q = 0; q < k; q++) {
                 s0 += row[q] * a[q];
                 s1 += row[q] * b[q];
                 s2 += row[q] * c[q];
                 s3 += row[q] * d[q];
             }
-            sums[0] = s0, sums[1] = s1, sums[2] = s2, sums[3] = s3;
-            memcpy(out + i * n + j, sums, (n - j < 4 ? n - j : 4) * sizeof(float));
+            to[0] = s0, to[quarter] = s1, to[2 * quarter] = s2, to[3 * quarter] = s3;
         }
     }
+    for (i64 j = 4 * quarter; j < n; j++)
+        for (i64 i = 0; i < m; i++) {
+            float sum = 0.0f;
+            for (i64 q = 0; q < k; q++) sum += x[i * k + q] * w[j * k + q];
+            out[i * n + j] = sum;
+        }
 }
 
 /* out (m, n) = x (m, k) w^T. */
@@ -187,12 +160,12 @@ void choose_experts(const float *scores, i64 *ids, i64 tokens, i64 experts, i64 
 /* ---- Routed experts ---- */
 
 /* Assignments sorted by expert, in the order of the tokens within one: slot[a] = token * K + choice; expert e has slots
-   ends[e - 1] to ends[e].  Dropped ones get no slot.  Returns the number of slots. */
+   ends[e - 1] to ends[e].  Dropped ones get no slot; kept NULL: there are none.  Returns the number of slots. */
 i64 sort_by_expert(const i64 *restrict ids, const uint8_t *restrict kept, i64 *restrict slot, i64 *restrict ends, i64 assignments, i64 experts)
 {
     memset(ends, 0, experts * sizeof(i64));
     for (i64 a = 0; a < assignments; a++)
-        if (kept[a]) ends[ids[a]]++;
+        if (!kept || kept[a]) ends[ids[a]]++;
     i64 total = 0;
     for (i64 e = 0; e < experts; e++) {
         i64 load = ends[e];
@@ -200,7 +173,7 @@ i64 sort_by_expert(const i64 *restrict ids, const uint8_t *restrict kept, i64 *r
         total += load;
     }
     for (i64 a = 0; a < assignments; a++)
-        if (kept[a]) slot[ends[ids[a]]++] = a;
+        if (!kept || kept[a]) slot[ends[ids[a]]++] = a;
     return total;
 }
 
@@ -219,17 +192,15 @@ static void scatter_add(const float *restrict from, const i64 *restrict slot, i6
 }
 
 /* out (M, D) += gate * down_e(silu(gate_e x) * up_e x) over the slots; hidden (A, 2F) is kept for the way back.
-   The gate is applied where the path is narrowest.  scratch: ROWS * (2 D + F) floats; an expert's slots are taken ROWS at a time. */
-#define ROWS 256
-
+   The gate is applied where the path is narrowest.  scratch: R (2 D + F) floats; an expert's slots are taken R, `at_a_time`, at a time. */
 void experts_forward(const float *x, const float *gates, const i64 *slot, const i64 *ends, const float *gate_up, const float *down, float *hidden,
-                     float *out, float *scratch, i64 chosen, i64 experts, i64 d, i64 f)
+                     float *out, float *scratch, i64 chosen, i64 experts, i64 d, i64 f, i64 at_a_time)
 {
-    float *rows = scratch, *result = rows + ROWS * d, *active = result + ROWS * d;
+    float *rows = scratch, *result = rows + at_a_time * d, *active = result + at_a_time * d;
     i64 begin = 0;
     for (i64 e = 0; e < experts; e++) {
-        for (; begin < ends[e]; begin += ROWS < ends[e] - begin ? ROWS : ends[e] - begin) {
-            i64 n = ends[e] - begin < ROWS ? ends[e] - begin : ROWS;
+        for (i64 n; begin < ends[e]; begin += n) {
+            n = ends[e] - begin < at_a_time ? ends[e] - begin : at_a_time;
             float *h = hidden + begin * 2 * f;
             gather(x, slot + begin, chosen, n, d, rows);
             product(n, 2 * f, d, rows, gate_up + e * 2 * f * d, h);
@@ -245,11 +216,13 @@ void experts_forward(const float *x, const float *gates, const i64 *slot, const 
 }
 
 /* dx (M, D) is added to; dgates (A of M * K) and the weights' gradients are written (zeros for an expert without slots).
-   scratch: ROWS * (2 D + 4 F) floats. */
+   scratch: R (2 D + 4 F) floats. */
 void experts_backward(const float *dout, const float *x, const float *gates, const i64 *slot, const i64 *ends, const float *gate_up, const float *down,
-                      const float *hidden, float *dx, float *dgates, float *dgate_up, float *ddown, float *scratch, i64 chosen, i64 experts, i64 d, i64 f)
+                      const float *hidden, float *dx, float *dgates, float *dgate_up, float *ddown, float *scratch, i64 chosen, i64 experts, i64 d, i64 f,
+                      i64 at_a_time)
 {
-    float *rows = scratch, *grad = rows + ROWS * d, *active = grad + ROWS * d, *dactive = active + ROWS * f, *dhidden = dactive + ROWS * f;
+    float *rows = scratch, *grad = rows + at_a_time * d, *active = grad + at_a_time * d, *dactive = active + at_a_time * f,
+          *dhidden = dactive + at_a_time * f;
     i64 begin = 0;
     for (i64 e = 0; e < experts; e++) {
         const float *w_in = gate_up + e * 2 * f * d, *w_out = down + e * d * f;
@@ -259,7 +232,7 @@ void experts_backward(const float *dout, const float *x, const float *gates, con
             memset(dw_out, 0, f * d * sizeof(float));
         }
         while (begin < ends[e]) {
-            i64 n = ends[e] - begin < ROWS ? ends[e] - begin : ROWS;
+            i64 n = ends[e] - begin < at_a_time ? ends[e] - begin : at_a_time;
             gather(dout, slot + begin, chosen, n, d, grad);
             gather(x, slot + begin, chosen, n, d, rows);
             gemm('N', 'N', n, f, d, 1.0f, grad, d, w_out, f, 0.0f, dactive, f);
@@ -302,7 +275,7 @@ typedef struct {
     const i64 *before;    /* (B) keys before the first query, or NULL for 0: query t sees keys up to before + t */
 } Shape;
 
-static void pack(const float *nope, i64 nope_row, const float *rope, i64 rope_row, const float *table, float scale, float *to, i64 T, i64 N, i64 R)
+void pack(const float *nope, i64 nope_row, const float *rope, i64 rope_row, const float *table, float scale, float *to, i64 T, i64 N, i64 R)
 {
     for (i64 t = 0; t < T; t++) {
         float *restrict out = to + t * (N + R);
@@ -434,92 +407,11 @@ void attention_backward(const Shape *s, const Operand *qn, const Operand *qr, co
     }
 }
 
-/* ---- Absorbed attention over a cache ---- */
+/* ---- Absorbed attention ---- */
 
 /* C_h = op(A_h) op(B_h) for every head: operands begin a head's width apart. */
 void heads_product(char ta, char tb, i64 heads, i64 m, i64 n, i64 k, const float *a, i64 lda, i64 a_head, const float *b, i64 ldb, i64 b_head, float *c,
                    i64 ldc, i64 c_head)
 {
     for (i64 h = 0; h < heads; h++) gemm(ta, tb, m, n, k, 1.0f, a + h * a_head, lda, b + h * b_head, ldb, 0.0f, c + h * c_head, ldc);
-}
-
-/* The absorbed form for a few new positions (V2 section 2.1): every head attends to the latent rows themselves.
-   query (B, T, H, N + R), its rotary parts not yet turned; table (B or 1, T, R); latent rows (C) and rotary keys (R) of the cache, with their strides;
-   position (B, T) of each query, which sees the rows up to it, of S; weight (H, N + V, C) of kv_b_proj -> out (B, T, H, V).
-   Rows are taken `chunk` at a time with a running maximum, so that each is fetched from memory once for all heads.
-   scratch: T H (3 C + R + 2 + chunk) floats. */
-void latent_decode(const float *query, const float *table, i64 table_batch, const float *latent, i64 latent_batch, i64 latent_row, const float *rope,
-                   i64 rope_batch, i64 rope_row, const i64 *position, const float *weight, float *out, float *scratch, float scale, i64 S, i64 B, i64 T, i64 H,
-                   i64 N, i64 R, i64 V, i64 C, i64 chunk)
-{
-    i64 rows = T * H;
-    float *qc = scratch, *qr = qc + rows * C, *sum = qr + rows * R, *fresh = sum + rows * C, *most = fresh + rows * C, *total = most + rows, *p = total + rows;
-    for (i64 b = 0; b < B; b++) {
-        const float *q = query + b * T * H * (N + R), *c = latent + b * latent_batch, *kr = rope + b * rope_batch;
-        for (i64 h = 0; h < H; h++) {
-            if (T > 1) {
-                gemm('N', 'N', T, C, N, scale, q + h * (N + R), H * (N + R), weight + h * (N + V) * C, C, 0.0f, qc + h * C, H * C);
-                continue;
-            }
-            float *restrict to = qc + h * C;
-            memset(to, 0, C * sizeof(float));
-            for (i64 n = 0; n < N; n++) {
-                const float *restrict row = weight + (h * (N + V) + n) * C;
-                float by = q[h * (N + R) + n] * scale;
-                for (i64 j = 0; j < C; j++) to[j] += by * row[j];
-            }
-        }
-        for (i64 t = 0; t < T; t++)
-            for (i64 h = 0; h < H; h++)
-                pack(q, 0, q + (t * H + h) * (N + R) + N, 0, table + b * table_batch + t * R, scale, qr + (t * H + h) * R, 1, 0, R);
-        i64 end = 0;
-        for (i64 t = 0; t < T; t++) end = position[b * T + t] + 1 > end ? position[b * T + t] + 1 : end;
-        end = end < S ? end : S; /* beyond the rows only padding asks */
-        for (i64 r = 0; r < rows; r++) {
-            most[r] = -INFINITY;
-            total[r] = 0.0f;
-        }
-        memset(sum, 0, rows * C * sizeof(float));
-        for (i64 lo = 0; lo < end; lo += chunk) {
-            i64 w = end - lo < chunk ? end - lo : chunk;
-            gemm('N', 'T', rows, w, C, 1.0f, qc, C, c + lo * latent_row, latent_row, 0.0f, p, w);
-            gemm('N', 'T', rows, w, R, 1.0f, qr, R, kr + lo * rope_row, rope_row, 1.0f, p, w);
-            i64 next = end - lo - w < chunk ? end - lo - w : chunk; /* fetched while this chunk's exponentials are taken */
-            for (i64 r = 0; r < rows; r++) {
-                for (i64 j = next * r / rows; j < next * (r + 1) / rows; j++) {
-                    const float *at_c = c + (lo + w + j) * latent_row, *at_r = kr + (lo + w + j) * rope_row;
-                    for (i64 l = 0; l < C; l += 16) __builtin_prefetch(at_c + l, 0, 2);
-                    for (i64 l = 0; l < R; l += 16) __builtin_prefetch(at_r + l, 0, 2);
-                }
-                float *restrict row = p + r * w, add = 0.0f;
-                i64 to = position[b * T + r / H] + 1 - lo;
-                to = to < 0 ? 0 : to > w ? w : to;
-                for (i64 j = to; j < w; j++) row[j] = 0.0f;
-                if (to == 0)
-                    continue;
-                float top = largest(row, to), before = most[r];
-                if (!(top > before)) top = before;
-                for (i64 j = 0; j < to; j++) {
-                    row[j] = exponential(row[j] - top);
-                    add += row[j];
-                }
-                float fade = before == -INFINITY ? 0.0f : exponential(before - top);
-                total[r] = total[r] * fade + add;
-                most[r] = top;
-                for (i64 j = 0; j < C; j++) sum[r * C + j] *= fade;
-            }
-            gemm('N', 'N', rows, C, w, 1.0f, p, w, c + lo * latent_row, latent_row, 0.0f, fresh, C);
-            for (i64 j = 0; j < rows * C; j++) sum[j] += fresh[j];
-        }
-        for (i64 r = 0; r < rows; r++) {
-            float share = 1.0f / total[r];
-            for (i64 j = 0; j < C; j++) sum[r * C + j] *= share;
-        }
-        for (i64 h = 0; h < H; h++) {
-            if (T > 1)
-                gemm('N', 'T', T, V, C, 1.0f, sum + h * C, H * C, weight + (h * (N + V) + N) * C, C, 0.0f, out + (b * T * H + h) * V, H * V);
-            else
-                few_rows_product(sum + h * C, weight + (h * (N + V) + N) * C, out + (b * H + h) * V, 1, V, C);
-        }
-    }
 }

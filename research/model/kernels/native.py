@@ -1,4 +1,4 @@
-"""Compiles `kernels.c` once per machine and loads it; says when it may be used.
+"""Compiles the kernels (`*.c` beside this file) once per machine and loads it; says when it may be used.
 
 The library needs a C compiler (`$CC`, cc, gcc or clang) and the BLAS routine that torch carries.  Where one of them
 is missing, or MOELAB_KERNELS=off, `library()` is None and the model runs in plain PyTorch, to other roundings.
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from research.folders import cache_directory
 
-SOURCE = Path(__file__).with_name("kernels.c")
+SOURCES = [Path(__file__).with_name(name) for name in ("kernels.c", "decoding.c")]
+HEADER = Path(__file__).with_name("kernels.h")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-shared", "-fPIC")
 SIGNATURES = {
     "set_sgemm": "p",
@@ -32,12 +33,14 @@ SIGNATURES = {
     "swiglu_backward": "pppppi",
     "choose_experts": "ppiiiiipp",
     "sort_by_expert": "ppppii",
-    "experts_forward": "pppppppppiiii",
-    "experts_backward": "pppppppppppppiiii",
+    "experts_forward": "pppppppppiiiii",
+    "experts_backward": "pppppppppppppiiiii",
     "attention_forward": "ppppppppp",
     "attention_backward": "ppppppppppppppp",
     "heads_product": "cciiiipiipiipii",
-    "latent_decode": "ppipiipiippppfiiiiiiiii",
+    "latent_decode": "ppipiipiipppppfiiiiiiiii",
+    "latent_step": "pp",
+    "feed_forward_step": "pp",
 }
 """Arguments: p(ointer), i(nt64), f(loat), c(har)."""
 TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "c": ctypes.c_char}
@@ -56,7 +59,7 @@ def library() -> ctypes.CDLL | None:
     try:
         return _load(_compiled(compiler))
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
-        log.warning("kernels.c cannot be used (%s): the model runs in plain PyTorch, more slowly", error)
+        log.warning("the kernels cannot be used (%s): the model runs in plain PyTorch, more slowly", error)
         return None
 
 
@@ -74,14 +77,14 @@ def _compiled(compiler: str) -> Path:
     macros = subprocess.run(  # what -march=native means here: a cache may be shared by machines that differ
         [compiler, "-march=native", "-dM", "-E", "-x", "c", "/dev/null"], capture_output=True, check=True, timeout=60
     ).stdout
-    key = hashlib.sha256(SOURCE.read_bytes() + macros + " ".join(FLAGS).encode()).hexdigest()[:16]
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in (*SOURCES, HEADER)) + macros + " ".join(FLAGS).encode()).hexdigest()[:16]
     folder = cache_directory() / "kernels"
     target = folder / f"{key}.so"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as work:
             made = Path(work) / "kernels.so"
-            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"], capture_output=True, check=True, timeout=300)
+            subprocess.run([compiler, *FLAGS, *map(str, SOURCES), "-o", str(made), "-lm"], capture_output=True, check=True, timeout=300)
             made.rename(target)
     return target
 

@@ -1,0 +1,271 @@
+/* One block of the model for a few new tokens over a cache.  A token's products take microseconds each, and so does every call from Python:
+   a block is two calls here, one for its attention and one for its FFN.  They add to x, as the block does. */
+
+#include "kernels.h"
+
+/* ---- Absorbed attention over a cache ---- */
+
+typedef float v8 __attribute__((vector_size(32), aligned(4), may_alias));
+enum { LANE = 8, MOST = 4 }; /* floats of a vector; vectors of queries at a time: with three rows of keys they fill the registers */
+#define INLINE static inline __attribute__((always_inline))
+
+/* Queries are lanes here, `8 n` of them side by side: a key's element is one factor for all of them, nothing is added up across lanes,
+   and no operand is packed, which for products as flat as these takes a matrix product's routine half its time. */
+
+/* p (w, 8 n) = scores of w keys: of rows (w, width) with `row` floats from one to the next and queries (width, 8 n), added to what is there. */
+INLINE void add_scores(const int n, i64 w, i64 width, const float *rows, i64 row, const float *queries, float *p, int fresh)
+{
+    for (i64 j = 0; j < w; j += 3) {
+        const float *a = rows + j * row, *b = j + 1 < w ? a + row : a, *c = j + 2 < w ? a + 2 * row : a;
+        v8 *to = (v8 *)(p + j * LANE * n), sums[3][MOST];
+        for (int i = 0; i < 3; i++)
+            for (int v = 0; v < n; v++) sums[i][v] = (v8){0.0f};
+        for (int i = 0; i < 3 && j + i < w && !fresh; i++)
+            for (int v = 0; v < n; v++) sums[i][v] = to[i * n + v];
+        for (i64 q = 0; q < width; q++) {
+            const v8 *query = (const v8 *)(queries + q * LANE * n);
+            for (int v = 0; v < n; v++) {
+                sums[0][v] += a[q] * query[v];
+                sums[1][v] += b[q] * query[v];
+                sums[2][v] += c[q] * query[v];
+            }
+        }
+        for (int i = 0; i < 3 && j + i < w; i++)
+            for (int v = 0; v < n; v++) to[i * n + v] = sums[i][v];
+    }
+}
+
+/* sums (width, 8 n) = sums * fade + rows^T p. */
+INLINE void add_values(const int n, i64 w, i64 width, const float *rows, i64 row, const float *p, const float *fade, float *sums)
+{
+    for (i64 q = 0; q < width; q += 3) {
+        i64 second = q + 1 < width ? 1 : 0, third = q + 2 < width ? 2 : 0;
+        v8 *to = (v8 *)(sums + q * LANE * n), sum[3][MOST];
+        for (int i = 0; i < 3; i++)
+            for (int v = 0; v < n; v++) sum[i][v] = (v8){0.0f};
+        for (int i = 0; i < 3 && q + i < width; i++)
+            for (int v = 0; v < n; v++) sum[i][v] = to[i * n + v] * ((const v8 *)fade)[v];
+        for (i64 j = 0; j < w; j++) {
+            const float *a = rows + j * row + q;
+            const v8 *by = (const v8 *)(p + j * LANE * n);
+            for (int v = 0; v < n; v++) {
+                sum[0][v] += a[0] * by[v];
+                sum[1][v] += a[second] * by[v];
+                sum[2][v] += a[third] * by[v];
+            }
+        }
+        for (int i = 0; i < 3 && q + i < width; i++)
+            for (int v = 0; v < n; v++) to[i * n + v] = sum[i][v];
+    }
+}
+
+/* What 8 n queries have seen so far: the greatest score, and relative to it the sum of exponentials and (C, 8 n) of values. */
+typedef struct {
+    float *queries, *sums, *most, *total; /* queries (C + R, 8 n) */
+    const i64 *last;                      /* (8 n), the last row that each may see */
+} Seen;
+
+/* They look at w further rows, from row `lo` on, of which all see those before `masked`.  `next` rows behind them are fetched meanwhile. */
+INLINE void look(const int n, const Seen *s, i64 lo, i64 w, i64 masked, i64 next, const float *c, i64 c_row, i64 C, const float *r, i64 r_row, i64 R,
+                 float *p)
+{
+    float fade[LANE * MOST], top[LANE * MOST];
+    add_scores(n, w, C, c, c_row, s->queries, p, 1);
+    add_scores(n, w, R, r, r_row, s->queries + C * LANE * n, p, 0);
+    for (int l = 0; l < LANE * n; l++) top[l] = s->most[l];
+    for (i64 j = 0; j < w; j++) {
+        float *row = p + j * LANE * n;
+        if (lo + j >= masked)
+            for (int l = 0; l < LANE * n; l++) row[l] = lo + j <= s->last[l] ? row[l] : -INFINITY;
+        for (int l = 0; l < LANE * n; l++) top[l] = row[l] > top[l] ? row[l] : top[l]; /* NaN is not greater */
+    }
+    for (int l = 0; l < LANE * n; l++) {
+        fade[l] = s->most[l] == -INFINITY ? 0.0f : exponential(s->most[l] - top[l]);
+        s->total[l] *= fade[l];
+        s->most[l] = top[l];
+    }
+    for (i64 j = 0; j < w; j++) {
+        float *row = p + j * LANE * n;
+        if (j < next) {
+            for (i64 l = 0; l < C; l += 16) __builtin_prefetch(c + (w + j) * c_row + l, 0, 2);
+            for (i64 l = 0; l < R; l += 16) __builtin_prefetch(r + (w + j) * r_row + l, 0, 2);
+        }
+        for (int l = 0; l < LANE * n; l++) row[l] = exponential(row[l] - top[l]);
+        if (lo + j >= masked)
+            for (int l = 0; l < LANE * n; l++) row[l] = lo + j <= s->last[l] ? row[l] : 0.0f; /* one that has seen nothing yet is NaN there */
+        for (int l = 0; l < LANE * n; l++) s->total[l] += row[l];
+    }
+    add_values(n, w, C, c, c_row, p, fade, s->sums);
+}
+
+/* to (width, lanes) = from (lanes, width)^T; lanes beyond `there` are 0. */
+static void transpose(const float *from, i64 there, i64 width, i64 lanes, float *to)
+{
+    for (i64 q = 0; q < width; q++)
+        for (i64 l = 0; l < lanes; l++) to[q * lanes + l] = l < there ? from[l * width + q] : 0.0f;
+}
+
+/* The absorbed form for a few new positions (V2 section 2.1): every head attends to the latent rows themselves.
+   query (B, T, H, N + R), its rotary parts not yet turned; table (B or 1, T, R); latent rows (C) and rotary keys (R) of the cache, with their strides;
+   position (B, T) of each query, which sees the rows up to it, of S; weight (H, N + V, C) of kv_b_proj -> out (B, T, H, V).
+   Rows are taken `chunk` at a time with a running maximum, so that each is fetched from memory once for all heads.
+   With L = T H rounded up to 8, scratch: T H (C + R) + L (2 C + R + 2) + 32 chunk + 16 floats and `last`: L numbers. */
+void latent_decode(const float *query, const float *table, i64 table_batch, const float *latent, i64 latent_batch, i64 latent_row, const float *rope,
+                   i64 rope_batch, i64 rope_row, const i64 *position, const float *weight, float *out, float *scratch, i64 *last, float scale, i64 S, i64 B,
+                   i64 T, i64 H, i64 N, i64 R, i64 V, i64 C, i64 chunk)
+{
+    i64 rows = T * H, lanes = (rows + LANE - 1) / LANE * LANE;
+    /* Vectors that lie across two cache lines take twice as long. */
+    float *queries = (float *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63), *sums = queries + lanes * (C + R), *p = sums + lanes * C,
+          *most = p + LANE * MOST * chunk, *total = most + lanes, *qc = total + lanes, *qr = qc + rows * C;
+    for (i64 b = 0; b < B; b++) {
+        const float *q = query + b * T * H * (N + R), *c = latent + b * latent_batch, *kr = rope + b * rope_batch;
+        for (i64 h = 0; h < H; h++) {
+            if (T > 1) {
+                gemm('N', 'N', T, C, N, scale, q + h * (N + R), H * (N + R), weight + h * (N + V) * C, C, 0.0f, qc + h * C, H * C);
+                continue;
+            }
+            float *restrict to = qc + h * C;
+            memset(to, 0, C * sizeof(float));
+            for (i64 n = 0; n < N; n++) {
+                const float *restrict row = weight + (h * (N + V) + n) * C;
+                float by = q[h * (N + R) + n] * scale;
+                for (i64 j = 0; j < C; j++) to[j] += by * row[j];
+            }
+        }
+        for (i64 t = 0; t < T; t++)
+            for (i64 h = 0; h < H; h++)
+                pack(q, 0, q + (t * H + h) * (N + R) + N, 0, table + b * table_batch + t * R, scale, qr + (t * H + h) * R, 1, 0, R);
+        i64 end = 0, masked = S;
+        for (i64 t = 0; t < T; t++) {
+            end = position[b * T + t] + 1 > end ? position[b * T + t] + 1 : end;
+            masked = position[b * T + t] + 1 < masked ? position[b * T + t] + 1 : masked;
+        }
+        end = end < S ? end : S; /* beyond the rows only padding asks */
+        for (i64 r = 0; r < lanes; r++) {
+            most[r] = -INFINITY;
+            total[r] = 0.0f;
+            last[r] = r < rows ? position[b * T + r / H] : end;
+        }
+        memset(sums, 0, lanes * C * sizeof(float));
+        for (i64 lane = 0, n; lane < lanes; lane += LANE * n) {
+            n = lanes - lane >= LANE * MOST ? MOST : lanes - lane >= LANE * 2 ? 2 : 1;
+            i64 there = rows - lane < LANE * n ? rows - lane : LANE * n;
+            transpose(qc + lane * C, there, C, LANE * n, queries + lane * (C + R));
+            transpose(qr + lane * R, there, R, LANE * n, queries + lane * (C + R) + C * LANE * n);
+        }
+        for (i64 lo = 0; lo < end; lo += chunk) {
+            i64 w = end - lo < chunk ? end - lo : chunk, left = end - lo - w < chunk ? end - lo - w : chunk;
+            for (i64 lane = 0, n; lane < lanes; lane += LANE * n) {
+                n = lanes - lane >= LANE * MOST ? MOST : lanes - lane >= LANE * 2 ? 2 : 1;
+                Seen seen = {queries + lane * (C + R), sums + lane * C, most + lane, total + lane, last + lane};
+                const float *from = c + lo * latent_row, *from_rope = kr + lo * rope_row;
+                i64 next = lane ? 0 : left;
+                if (n == MOST)
+                    look(MOST, &seen, lo, w, masked, next, from, latent_row, C, from_rope, rope_row, R, p);
+                else if (n == 2)
+                    look(2, &seen, lo, w, masked, next, from, latent_row, C, from_rope, rope_row, R, p);
+                else
+                    look(1, &seen, lo, w, masked, next, from, latent_row, C, from_rope, rope_row, R, p);
+            }
+        }
+        for (i64 lane = 0, n; lane < lanes; lane += LANE * n) {
+            n = lanes - lane >= LANE * MOST ? MOST : lanes - lane >= LANE * 2 ? 2 : 1;
+            for (i64 l = 0; l < LANE * n && lane + l < rows; l++)
+                for (i64 j = 0; j < C; j++) qc[(lane + l) * C + j] = sums[lane * C + j * LANE * n + l] / total[lane + l];
+        }
+        for (i64 h = 0; h < H; h++) {
+            if (T > 1)
+                gemm('N', 'T', T, V, C, 1.0f, qc + h * C, H * C, weight + (h * (N + V) + N) * C, C, 0.0f, out + (b * T * H + h) * V, H * V);
+            else
+                few_rows_product(qc + h * C, weight + (h * (N + V) + N) * C, out + (b * H + h) * V, 1, V, C);
+        }
+    }
+}
+
+/* ---- A block in two calls ---- */
+
+typedef struct {
+    const float *norm, *q_a, *q_norm, *q, *kv_a, *kv_norm, *kv_b, *o; /* q_a NULL: no query latent, q is of x itself */
+    const float *table;                                               /* cosine and sine of each pair, (B or 1, T, R) */
+    float *latent, *rope;                                             /* rows of the cache */
+    const i64 *position;                                              /* (B, T), the row of each new token */
+    i64 *last;                                                        /* as in latent_decode */
+    float *scratch;                                                   /* M (D + H (N + R) + 2 Q + C + R + H V + 1) floats, and those of latent_decode */
+    float eps, q_eps, kv_eps, scale;
+    i64 B, T, D, H, N, R, V, C, Q, S, chunk, table_batch, latent_batch, latent_row, rope_batch, rope_row;
+} LatentStep;
+
+/* x (B, T, D) += W^O [attention of each head], after the norm; the new latents and rotary keys are written to the cache. */
+void latent_step(const LatentStep *s, float *x)
+{
+    i64 M = s->B * s->T, D = s->D, W = s->C + s->R, heads = s->H * (s->N + s->R);
+    float *normed = s->scratch, *query = normed + M * D, *low = query + M * heads, *low_normed = low + M * s->Q, *kv = low_normed + M * s->Q,
+          *out = kv + M * W, *inverse = out + M * s->H * s->V, *rest = inverse + M;
+    rms_norm(x, D, s->norm, s->eps, normed, inverse, M, D);
+    if (s->q_a) {
+        few_rows_product(normed, s->q_a, low, M, s->Q, D);
+        rms_norm(low, s->Q, s->q_norm, s->q_eps, low_normed, inverse, M, s->Q);
+        few_rows_product(low_normed, s->q, query, M, heads, s->Q);
+    } else
+        few_rows_product(normed, s->q, query, M, heads, D);
+    few_rows_product(normed, s->kv_a, kv, M, W, D);
+    for (i64 m = 0; m < M; m++) {
+        i64 b = m / s->T, row = s->position[m];
+        const float *turn = s->table + b * s->table_batch + m % s->T * s->R;
+        rms_norm(kv + m * W, W, s->kv_norm, s->kv_eps, s->latent + b * s->latent_batch + row * s->latent_row, inverse, 1, s->C);
+        pack(0, 0, kv + m * W + s->C, 0, turn, 1.0f, s->rope + b * s->rope_batch + row * s->rope_row, 1, 0, s->R);
+    }
+    latent_decode(query, s->table, s->table_batch, s->latent, s->latent_batch, s->latent_row, s->rope, s->rope_batch, s->rope_row, s->position, s->kv_b, out,
+                  rest, s->last, s->scale, s->S, s->B, s->T, s->H, s->N, s->R, s->V, s->C, s->chunk);
+    few_rows_product(out, s->o, normed, M, D, s->H * s->V);
+    for (i64 j = 0; j < M * D; j++) x[j] += normed[j];
+}
+
+typedef struct {
+    const float *norm, *centroids, *gate_up, *down, *gate, *up, *out; /* of the routed experts, then of the FFN that all tokens pass */
+    i64 *ids, *places;                                                /* (M, K), the answer; K M + E + `devices` numbers */
+    float *gates, *scores, *scratch;                                  /* (M, K), (M, E), answers; M (4 D + 3 S + F + 2 F K) + max(K, devices) floats */
+    float eps, scaling;
+    i64 M, D, E, F, K, S, devices, limit, sum_to_one; /* E 0: no routed experts; S: width of the FFN that all tokens pass, 0: there is none */
+} FeedForwardStep;
+
+/* x (M, D) += FFN of its norm: shared experts and the chosen routed ones (V2 equations 20 to 22), or one dense FFN. */
+void feed_forward_step(const FeedForwardStep *s, float *x)
+{
+    i64 M = s->M, D = s->D, E = s->E, K = s->K;
+    float *normed = s->scratch, *sum = normed + M * D, *gate = sum + M * D, *up = gate + M * s->S, *active = up + M * s->S,
+          *rest = active + M * s->S;
+    rms_norm(x, D, s->norm, s->eps, normed, rest, M, D);
+    memset(sum, 0, M * D * sizeof(float));
+    if (E) {
+        float *best = rest, *hidden = best + (K > s->devices ? K : s->devices);
+        i64 *slot = s->places, *ends = slot + M * K;
+        few_rows_product(normed, s->centroids, s->scores, M, E, D);
+        for (i64 m = 0; m < M; m++) {
+            float *row = s->scores + m * E, most = largest(row, E), total = 0.0f;
+            for (i64 e = 0; e < E; e++) {
+                row[e] = exponential(row[e] - most);
+                total += row[e];
+            }
+            for (i64 e = 0; e < E; e++) row[e] /= total;
+        }
+        choose_experts(s->scores, s->ids, M, E, s->devices, s->limit, K, best, ends + E);
+        for (i64 m = 0; m < M; m++) {
+            float *to = s->gates + m * K, total = 0.0f;
+            for (i64 k = 0; k < K; k++) total += to[k] = s->scores[m * E + s->ids[m * K + k]];
+            for (i64 k = 0; k < K; k++) to[k] = (s->sum_to_one ? to[k] / total : to[k]) * s->scaling;
+        }
+        sort_by_expert(s->ids, 0, slot, ends, M * K, E);
+        experts_forward(normed, s->gates, slot, ends, s->gate_up, s->down, hidden, sum, hidden + M * K * 2 * s->F, K, E, D, s->F, M);
+    }
+    if (s->S) {
+        float *added = rest; /* what the routed experts needed is free again */
+        few_rows_product(normed, s->gate, gate, M, s->S, D);
+        few_rows_product(normed, s->up, up, M, s->S, D);
+        swiglu(gate, up, active, M * s->S);
+        few_rows_product(active, s->out, added, M, D, s->S);
+        for (i64 j = 0; j < M * D; j++) sum[j] += added[j];
+    }
+    for (i64 j = 0; j < M * D; j++) x[j] += sum[j];
+}
