@@ -146,13 +146,13 @@ def _sweeps(found: dict[str, Any]) -> list[str]:
     return [
         "## Around the training of a study",
         "",
-        "Matrix products of a fixed number on two workers, one to a core, and a TPE search. *Work*: the seconds of a core that it had. *Around*: both",
-        "workers' time from the first trial's start to the end of everything (with MLflow written, which Ray Tune has not), per trial, less that.",
-        "It is made of the *pause* between two trials of a worker, of what the work *waited* for its core, on which the driver, Ray's own processes",
-        "and the system run as well, and of the *end* of the study, which is one for all its trials. *Start*: what it took to the first trial.",
+        "Matrix products of a fixed number on two workers, one to a core, and a TPE search. *Work*: the seconds of a core that it had. *Around*",
+        "it: the *pause* between two trials of a worker, what the work *waited* for its core, on which the driver, Ray's own processes and the system",
+        "run as well, and its part of the *end* of the study, MLflow's pictures and note included, which Ray Tune has not. *Start*: up to the first trial.",
         "",
         *_table(head, rows),
-        f"The driver holds {resident} trivial trials ({memory['bytes_per_trial'] / 1024:.1f} KiB per trial, Optuna's own copy of the journal included), and",
+        f"The driver holds {resident} trivial trials ({memory['bytes_per_trial'] / 1024:.1f} KiB per trial; Optuna alone keeps",
+        f"{sweeps['memory_of_optuna']['bytes_per_trial'] / 1024:.1f} KiB of each of the same trials), and",
         f"writes a state of {memory['state_bytes'] / 1024:.0f} KiB ({memory['trials']:,} trials in {memory['seconds']:.0f} s).",
         "",
         f"With {answers['workers']} sleeping workers `status` answers in {status} s; the longest turn of the driver's loop is {answers['longest_turn']:.2f} s "

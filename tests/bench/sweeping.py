@@ -5,6 +5,8 @@ finds what the other has imported or started.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import multiprocessing
 import os
@@ -44,16 +46,17 @@ def measure_overhead(quick: bool = False, said: Callable[[dict[str, Any]], objec
 def measure_driver(quick: bool = False) -> dict[str, Any]:
     """Resident memory of a driver after a tenth of its trivial trials and after all, and how soon it answers with 64 workers."""
     trials = 200 if quick else 2000
-    return {"memory": _child("memory", "--trials", str(trials)), "answers": _child("answers", "--seconds", "5" if quick else "20")}
+    return {
+        "memory": _child("memory", "--trials", str(trials)),
+        "memory_of_optuna": _child("memory-of-optuna", "--trials", str(trials)),
+        "answers": _child("answers", "--seconds", "5" if quick else "20"),
+    }
 
 
 def _overhead(of: Mapping[str, Any], trials: int) -> dict[str, float]:
-    """Per trial: all the workers' time from the first trial's start to the end of everything, less what the work had of a core.
-
-    It is made of the pause between two trials, of the end of the study, and of `waited`: what the work did not get of its core
-    because others of the machine had it.  All of it is of one run: how fast a shared machine is changes from minute to minute.
-    """
-    around = of["seconds"] * WORKERS / trials - of["work"] + of["waited"]
+    """Seconds around a trial: the pause before it, what its work waited for its core because others of the machine had it, and its
+    part of the end of the study.  All of it is of one run: how fast a shared machine is changes from minute to minute."""
+    around = of["pause"] + of["waited"] + of["end"] * WORKERS / trials
     return {"overhead": around, "share": around / (of["work"] - of["waited"]) if of["work"] > 1.0 else float("nan")}
 
 
@@ -223,6 +226,10 @@ def _ray_tune(home: Path, rounds: int, trials: int) -> dict[str, Any]:
 
 
 def _resident() -> int:
+    """What is held, without what is free already and only not given back."""
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
 
@@ -257,6 +264,28 @@ def _memory(home: Path, trials: int) -> dict[str, Any]:
     }
 
 
+def _memory_of_optuna(home: Path, trials: int) -> dict[str, Any]:
+    """The same trials in Optuna alone, which keeps every one of them: what no driver on top of it can go below."""
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    storage = JournalStorage(JournalFileBackend(str(home / "journal.log")))
+    study = optuna.create_study(storage=storage, sampler=optuna.samplers.TPESampler(seed=0))
+    marks, seen = {trials // 10, trials - 1}, {}
+    for done in range(trials):
+        if done in marks:
+            seen[done] = _resident()
+        trial = study.ask()
+        rate = trial.suggest_float(RATE, 0.0001, 0.1, log=True)
+        trial.set_user_attr("states", '["finished"]')
+        trial.set_user_attr("seeds:validation/bits_per_byte", [rate])
+        study.tell(trial, rate)
+    first, last = min(seen), max(seen)
+    return {"bytes_per_trial": (seen[last] - seen[first]) / (last - first), "resident": {str(n): seen[n] for n in sorted(seen)}}
+
+
 def _answers(home: Path, seconds: float) -> dict[str, Any]:
     from sweeps.driver import Driver
     from sweeps.executors import Event, InlineExecutor
@@ -287,7 +316,7 @@ def _answers(home: Path, seconds: float) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["moelab", "ray-tune", "memory", "answers"])
+    parser.add_argument("what", choices=["moelab", "ray-tune", "memory", "memory-of-optuna", "answers"])
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=0)
     parser.add_argument("--trials", type=int, default=20)
@@ -299,6 +328,8 @@ def main() -> None:
         found = _ray_tune(given.home, given.rounds, given.trials)
     elif given.what == "memory":
         found = _memory(given.home, given.trials)
+    elif given.what == "memory-of-optuna":
+        found = _memory_of_optuna(given.home, given.trials)
     else:
         found = _answers(given.home, given.seconds)
     print(json.dumps(found))
