@@ -1,6 +1,7 @@
 """Charts as PNG files, by matplotlib: the same bytes each time."""
 
 import io
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,8 @@ STYLE: dict[Any, Any] = {
 }
 COLUMNS = 3
 LEGEND_COLUMNS = 4
+LABEL = 58
+"""Characters of a line of a label beside an interval."""
 
 
 def png(chart: Chart) -> bytes:
@@ -108,7 +111,9 @@ def _intervals(axes: Axes, panel: Intervals) -> None:
     axes.axvline(0, color="#1b1b1b", lw=1)
     if panel.band is not None:
         axes.axvspan(-panel.band, panel.band, color="#888", alpha=0.12, lw=0)
-    axes.set(yticks=range(len(names)), yticklabels=names[::-1], xlabel=panel.x_label)
+    # A label that is wider than the figure pushes it out of its own picture.
+    labels = [textwrap.fill(name, LABEL) for name in names[::-1]]
+    axes.set(yticks=range(len(names)), yticklabels=labels, xlabel=panel.x_label)
 
 
 def _points(axes: Axes, panel: Points) -> None:
