@@ -29,7 +29,7 @@ STYLE: dict[Any, Any] = {
 }
 COLUMNS = 3
 LEGEND_COLUMNS = 4
-LABEL = 58
+LABEL = 66
 """Characters of a line of a label beside an interval."""
 
 
@@ -113,7 +113,8 @@ def _intervals(axes: Axes, panel: Intervals) -> None:
         axes.axvspan(-panel.band, panel.band, color="#888", alpha=0.12, lw=0)
     # A label that is wider than the figure pushes it out of its own picture.
     labels = [textwrap.fill(name, LABEL) for name in names[::-1]]
-    axes.set(yticks=range(len(names)), yticklabels=labels, xlabel=panel.x_label)
+    axes.set(yticks=range(len(names)), xlabel=panel.x_label)
+    axes.set_yticklabels(labels, fontsize=7 if any("\n" in label for label in labels) else None)
 
 
 def _points(axes: Axes, panel: Points) -> None:
