@@ -68,6 +68,7 @@ def test_a_server_that_is_killed_and_comes_back_has_everything_once(
         await_(lambda: "MLflow cannot be reached" in log.read_text(), 60, "the driver's noticing")
         assert driver.poll() is None
         sweeps.await_steps("001-0", 1)  # training goes on meanwhile
+        sweeps.steer("slow", "5")  # so that it is not over before the server is there, which takes longest on a busy machine
         server.start()
         sweeps.steer("slow", "0.02")
         assert driver.wait(120) == 0, log.read_text()
