@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from research.config import AttentionConfig, ModelConfig
 from research.model.cache import LayerCache, Place
-from research.model.kernels import functions, native
+from research.model.kernels import functions, native, steps
 from research.model.layers import Linear, RMSNorm, at_least_float32, rotate
 
 
@@ -153,7 +153,7 @@ class MultiHeadLatentAttention(nn.Module):
         sizes, weight = head_sizes(self.config), self.kv_b_proj.weight
         before = None if place is None else place.positions[:, 0].contiguous()
         if place is not None and query.shape[1] <= FEW:
-            return functions.latent_decode(query, latent, key_rope, weight, table, place.positions, sizes, self.scale)
+            return steps.latent_decode(query, latent, key_rope, weight, table, place.positions, sizes, self.scale)
         if absorbed:
             return functions.absorbed_attention(query, latent, key_rope, weight, table, sizes, self.scale, first, before)
         return functions.latent_attention(query, self.kv_b_proj(latent), key_rope, table, sizes, self.scale, first, before)

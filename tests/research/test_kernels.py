@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from research.model.cache import Cache
 from research.model.experts import looped_experts
-from research.model.kernels import functions, native
+from research.model.kernels import functions, native, steps
 from research.model.layers import rotary_table, rotate
 from research.model.router import Routing
 from research.model.transformer import language_loss
@@ -195,9 +195,9 @@ def test_new_positions_over_a_cache_of_unequal_lengths(lengths, new, heads, nope
     visible = (torch.arange(end) <= positions[..., None])[:, None]
     wanted = ((turned @ key.transpose(2, 3) * 0.7).masked_fill(~visible, -math.inf).softmax(-1) @ rebuilt[..., nope:]).transpose(1, 2).flatten(2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(functions, "CHUNK_BYTES", chunk)
+        patch.setattr(steps, "CHUNK_BYTES", chunk)
         said = {
-            "decode": functions.latent_decode(query, latent, key_rope, weight, table, positions, sizes, 0.7),
+            "decode": steps.latent_decode(query, latent, key_rope, weight, table, positions, sizes, 0.7),
             "absorbed": functions.absorbed_attention(query, latent, key_rope, weight, table, sizes, 0.7, before=before),
             "expanded": functions.latent_attention(query, latent @ weight.T, key_rope, table, sizes, 0.7, before=before),
         }
@@ -216,9 +216,9 @@ def test_decoding_copies_nothing_of_the_cache():
         latent, key_rope = torch.zeros(2, room, 8)[:, : room - 100], torch.zeros(2, room, 2)[:, : room - 100]
         positions = torch.tensor([[room - 101]] * 2)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            functions.latent_decode(normal(2, 1, 12), latent, key_rope, weight, table, positions, sizes, 1.0)
+            steps.latent_decode(normal(2, 1, 12), latent, key_rope, weight, table, positions, sizes, 1.0)
         allocated.append(sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages()))
-    assert allocated[1] - allocated[0] <= 4 * 32 * functions.CHUNK_BYTES // 40, allocated  # the scores of one chunk, at most
+    assert allocated[1] - allocated[0] <= 4 * 32 * steps.CHUNK_BYTES // 40, allocated  # the scores of one chunk, at most
 
 
 @settings(max_examples=20, deadline=None)
@@ -288,7 +288,7 @@ def test_padding_beyond_the_cache_reads_nothing_there():
     latent, key_rope = room[:, :8, :8], room[:, :8, 8:]
     positions = torch.tensor([[6, 7, 8, 9], [5, 6, 7, 8]])
     table = rotary_table(positions.flatten(), 2, 100.0).unflatten(0, positions.shape)[:, None]
-    out = functions.latent_decode(normal(2, 4, 12), latent, key_rope, weight, table, positions, sizes, 1.0)
+    out = steps.latent_decode(normal(2, 4, 12), latent, key_rope, weight, table, positions, sizes, 1.0)
     assert not out[0, :2].isnan().any()
     assert not out[1, :3].isnan().any()
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from research.model.kernels.native import library
+from research.model.kernels.native import loaded
 
 QUERIES = 64
 """Queries that attend at a time: their scores against all keys are what is held at once."""
@@ -15,7 +15,7 @@ ROWS = 256
 """Assignments of one expert that are taken at a time."""
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
+def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
@@ -34,7 +34,7 @@ def few_rows_product(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., k) of FEW_ROWS rows at most and weight (n, k) -> (..., n); no gradients."""
     x, (outputs, inputs) = x.contiguous(), weight.shape
     out = x.new_empty(*x.shape[:-1], outputs)
-    _c().few_rows_product(_pointer(x), _pointer(weight), _pointer(out), x.numel() // inputs, outputs, inputs)
+    loaded().few_rows_product(pointer(x), pointer(weight), pointer(out), x.numel() // inputs, outputs, inputs)
     return out
 
 
@@ -47,7 +47,7 @@ def _normalised(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y and 1 / rms(x) of each row; x with equidistant rows."""
     size = x.shape[-1]
     y, inverse = x.new_empty(x.shape), x.new_empty(x.numel() // size)
-    _c().rms_norm(_pointer(x), _row_stride(x), _pointer(weight), eps, _pointer(y), _pointer(inverse), len(inverse), size)
+    loaded().rms_norm(pointer(x), _row_stride(x), pointer(weight), eps, pointer(y), pointer(inverse), len(inverse), size)
     return y, inverse
 
 
@@ -66,7 +66,7 @@ class _Normalise(torch.autograd.Function):
         gradient = gradient.contiguous()
         dx, dweight = x.new_empty(x.shape), torch.empty_like(weight)
         rows, size = inverse.numel(), x.shape[-1]
-        _c().rms_norm_backward(*map(_pointer, (gradient, x)), _row_stride(x), *map(_pointer, (weight, inverse, dx, dweight)), rows, size)
+        loaded().rms_norm_backward(*map(pointer, (gradient, x)), _row_stride(x), *map(pointer, (weight, inverse, dx, dweight)), rows, size)
         return dx, dweight, None
 
 
@@ -78,7 +78,7 @@ def normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _gated(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty_like(gate)
-    _c().swiglu(_pointer(gate), _pointer(up), _pointer(out), gate.numel())
+    loaded().swiglu(pointer(gate), pointer(up), pointer(out), gate.numel())
     return out
 
 
@@ -94,7 +94,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         gradient, dgate, dup = gradient.contiguous(), torch.empty_like(gate), torch.empty_like(up)
-        _c().swiglu_backward(*map(_pointer, (gradient, gate, up, dgate, dup)), gate.numel())
+        loaded().swiglu_backward(*map(pointer, (gradient, gate, up, dgate, dup)), gate.numel())
         return dgate, dup
 
 
@@ -109,7 +109,7 @@ def choose_experts(scores: Tensor, devices: int, limit: int, chosen: int) -> Ten
     tokens, experts = scores.shape
     ids = torch.empty(tokens, chosen, dtype=torch.int64)
     best, reachable = scores.new_empty(max(chosen, devices)), ids.new_empty(devices)
-    _c().choose_experts(*map(_pointer, (scores, ids)), *((tokens, experts, devices, limit, chosen)), _pointer(best), _pointer(reachable))
+    loaded().choose_experts(*map(pointer, (scores, ids)), *((tokens, experts, devices, limit, chosen)), pointer(best), pointer(reachable))
     return ids
 
 
@@ -119,10 +119,10 @@ class _RoutedExperts(torch.autograd.Function):
         x, gates, ids, kept = x.contiguous(), gates.contiguous(), ids.contiguous(), kept.contiguous()
         (experts, size, width), chosen = down.shape, ids.shape[1]
         slot, ends = ids.new_empty(ids.numel()), ids.new_empty(experts)
-        slots = _c().sort_by_expert(*map(_pointer, (ids, kept, slot, ends)), ids.numel(), experts)
+        slots = loaded().sort_by_expert(*map(pointer, (ids, kept, slot, ends)), ids.numel(), experts)
         hidden, out = x.new_empty(slots, 2 * width), torch.zeros_like(x)
         scratch = x.new_empty(ROWS * (2 * size + width))
-        _c().experts_forward(*map(_pointer, (x, gates, slot, ends, gate_up, down, hidden, out, scratch)), chosen, experts, size, width, ROWS)
+        loaded().experts_forward(*map(pointer, (x, gates, slot, ends, gate_up, down, hidden, out, scratch)), chosen, experts, size, width, ROWS)
         ctx.save_for_backward(x, gates, slot, ends, gate_up, down, hidden)
         return out
 
@@ -135,8 +135,8 @@ class _RoutedExperts(torch.autograd.Function):
         dx, dgates = torch.zeros_like(x), torch.zeros_like(gates)
         dgate_up, ddown = torch.empty_like(gate_up), torch.empty_like(down)
         scratch = x.new_empty(ROWS * (2 * size + 4 * width))
-        _c().experts_backward(
-            *map(_pointer, (gradient, x, gates, slot, ends, gate_up, down, hidden, dx, dgates, dgate_up, ddown, scratch)),
+        loaded().experts_backward(
+            *map(pointer, (gradient, x, gates, slot, ends, gate_up, down, hidden, dx, dgates, dgate_up, ddown, scratch)),
             *((chosen, experts, size, width, ROWS)),
         )
         return dx, dgates, None, None, dgate_up, ddown
@@ -150,7 +150,7 @@ def routed_experts(x_MD: Tensor, gates_MK: Tensor, ids_MK: Tensor, kept_MK: Tens
     return _RoutedExperts.apply(x_MD, gates_MK, ids_MK, kept_MK, gate_up, down)
 
 
-def _strided(x: Tensor) -> Tensor:
+def strided(x: Tensor) -> Tensor:
     """x (B, S, W) with vectors in one piece, copied only where they are not: a part of a cache is read where it lies."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -197,7 +197,7 @@ class _CausalAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key_value: Tensor, key_rope: Tensor | None, value: Tensor | None, table: Tensor, first: Tensor | None,
                 before: Tensor | None, sizes: Sizes, scale: float) -> Tensor:  # fmt: skip
         query, key_value, table = query.contiguous(), key_value.contiguous(), turns(table)
-        key_rope = None if key_rope is None else _strided(key_rope)
+        key_rope = None if key_rope is None else strided(key_rope)
         value = None if value is None else value.contiguous()
         out = query.new_empty(*query.shape[:2], sizes.heads * sizes.value)
         operands = (*_inputs(query, key_value, key_rope, value, sizes), _operand(out, sizes.value))
@@ -229,7 +229,7 @@ class _AbsorbedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, latent: Tensor, key_rope: Tensor, weight: Tensor, table: Tensor, first: Tensor | None,
                 before: Tensor | None, sizes: Sizes, scale: float) -> Tensor:  # fmt: skip
-        query, latent, key_rope, table = query.contiguous(), _strided(latent), _strided(key_rope), turns(table)
+        query, latent, key_rope, table = query.contiguous(), strided(latent), strided(key_rope), turns(table)
         (batch, length), (heads, _, nope, _, value), rank = query.shape[:2], sizes, latent.shape[-1]
         absorbed, context = query.new_empty(batch, length, heads * rank), query.new_empty(batch, length, heads * rank)
         inner = sizes._replace(groups=1, nope=rank, value=rank)
@@ -308,33 +308,6 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor, table: Tensor, 
     return _CausalAttention.apply(query, key, None, value, table, first, None, sizes, scale)
 
 
-CHUNK_BYTES = 3 * 2**13
-"""Of cached rows that decoding looks at at a time: they stay in the first-level cache from the scores to the values."""
-
-
-def decode_room(rows: int, cached: int, rank: int, rope: int) -> tuple[int, int, int]:
-    """Of `latent_decode` with `rows` queries: cached rows at a time, floats of scratch, and lanes."""
-    chunk, lanes = max(16, min(cached, CHUNK_BYTES // (4 * (rank + rope)))), -(-rows // 8) * 8
-    return chunk, rows * (rank + rope) + lanes * (2 * rank + rope + 2) + 32 * chunk + 16, lanes
-
-
-def latent_decode(
-    query: Tensor, latent: Tensor, key_rope: Tensor, weight: Tensor, table: Tensor, positions: Tensor, sizes: Sizes, scale: float
-) -> Tensor:
-    """`absorbed_attention` for a few new positions (int64, B, T) over a cache, each of which sees the rows up to its own; no gradients."""
-    query, latent, key_rope, table, positions = query.contiguous(), _strided(latent), _strided(key_rope), turns(table), positions.contiguous()
-    (batch, length), (heads, _, nope, rope, value), rank = query.shape[:2], sizes, latent.shape[-1]
-    chunk, floats, lanes = decode_room(length * heads, latent.shape[1], rank, rope)
-    out, scratch, last = query.new_empty(batch, length, heads * value), query.new_empty(floats), positions.new_empty(lanes)
-    _c().latent_decode(
-        _pointer(query), _pointer(table), per_batch(table, query),
-        _pointer(latent), latent.stride(0), latent.stride(1), _pointer(key_rope), key_rope.stride(0), key_rope.stride(1),
-        *map(_pointer, (positions, weight, out, scratch, last)), scale, latent.shape[1],
-        *((batch, length, heads, nope, rope, value, rank, chunk)),
-    )  # fmt: skip
-    return out
-
-
 def _inputs(query: Tensor, key_value: Tensor, key_rope: Tensor | None, value: Tensor | None, sizes: Sizes) -> tuple[Any, ...]:
     """Operands of the expanded form: query and key, both without and with rotation, and value."""
     queries = (_operand(query, sizes.key), _operand(query, sizes.key, sizes.nope))
@@ -355,7 +328,7 @@ def _shape(query: Tensor, keys: Tensor, table: Tensor, first: Tensor | None, bef
     batch, length = query.shape[:2]
     return _Shape(
         batch, sizes.heads, sizes.groups, length, sizes.nope, sizes.rope, sizes.value, scale, table.data_ptr(), per_batch(table, query), turn_keys,
-        _pointer(first), min(QUERIES, length), keys.shape[1], _pointer(before),
+        pointer(first), min(QUERIES, length), keys.shape[1], pointer(before),
     )  # fmt: skip
 
 
@@ -363,14 +336,14 @@ def _attend(shape: _Shape, operands: tuple[Any, ...], like: Tensor) -> Tensor:
     lse = like.new_empty(shape.B, shape.H, shape.T)
     width = shape.N + shape.R
     scratch = like.new_empty(shape.T * width + shape.S * (width + shape.block))
-    _c().attention_forward(ctypes.byref(shape), *operands, _pointer(lse), _pointer(scratch))
+    loaded().attention_forward(ctypes.byref(shape), *operands, pointer(lse), pointer(scratch))
     return lse
 
 
 def _attend_backward(shape: _Shape, operands: tuple[Any, ...], lse: Tensor, gradient: Any, grads: tuple[Any, ...], like: Tensor) -> None:
     assert shape.S == shape.T
     scratch = like.new_empty(shape.T * (4 * (shape.N + shape.R) + shape.V + 2 * shape.block))
-    _c().attention_backward(ctypes.byref(shape), *operands, _pointer(lse), gradient, *grads, _pointer(scratch))
+    loaded().attention_backward(ctypes.byref(shape), *operands, pointer(lse), gradient, *grads, pointer(scratch))
 
 
 def _up_projections(weight: Tensor, sizes: Sizes) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
@@ -386,7 +359,7 @@ def _per_head(x: Tensor, width: int) -> tuple[int, int, int]:
 
 def _heads(transposed: str, heads: int, mnk: tuple[int, int, int], *operands: tuple[int, int, int]) -> None:
     """C_h = op(A_h) op(B_h) of (m, k) and (k, n) for each head."""
-    _c().heads_product(*(letter.encode() for letter in transposed), heads, *mnk, *(part for operand in operands for part in operand))
+    loaded().heads_product(*(letter.encode() for letter in transposed), heads, *mnk, *(part for operand in operands for part in operand))
 
 
 def turns(table: Tensor) -> Tensor:
@@ -397,9 +370,3 @@ def turns(table: Tensor) -> Tensor:
 def per_batch(table: Tensor, query: Tensor) -> int:
     """Floats between one sequence's table and the next one's, of real table (T, R / 2, 2) or (B or 1, 1, T, R / 2, 2)."""
     return table.stride(0) if table.ndim == 5 and table.shape[0] == query.shape[0] else 0
-
-
-def _c() -> ctypes.CDLL:
-    found = library()
-    assert found is not None
-    return found

@@ -63,6 +63,13 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
+def loaded() -> ctypes.CDLL:
+    """The kernels where `usable` has said yes."""
+    found = library()
+    assert found is not None
+    return found
+
+
 def usable(*tensors: Tensor) -> bool:
     """Whether these tensors may go to the kernels: float32 on a CPU, one thread, no autocast and no tracing."""
     # The cheap questions first: this is asked thousands of times a second.

@@ -1,15 +1,16 @@
-"""A block's two halves for a few new tokens over a cache, each one call (`decoding.c`); the twins are the modules' own `forward`."""
+"""Decoding over a cache (`decoding.c`): absorbed attention, and a block's two halves for a few new tokens, each one call.
+
+The twins of the halves are the modules' own `forward`.
+"""
 
 import ctypes
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from research.model.kernels import functions
-from research.model.kernels.functions import Sizes
-from research.model.kernels.native import library
+from research.model.kernels.functions import Sizes, per_batch, pointer, strided, turns
+from research.model.kernels.native import loaded
 
 
 def _fields(pointers: str, floats: str, integers: str) -> list[tuple[str, type]]:
@@ -29,6 +30,33 @@ class _FeedForwardStep(ctypes.Structure):
     _fields_ = _fields(
         "norm centroids gate_up down gate up out ids places gates scores scratch", "eps scaling", "M D E F K S devices limit sum_to_one"
     )
+
+
+CHUNK_BYTES = 3 * 2**13
+"""Of cached rows that decoding looks at at a time: they stay in the first-level cache from the scores to the values."""
+
+
+def decode_room(rows: int, cached: int, rank: int, rope: int) -> tuple[int, int, int]:
+    """Of `latent_decode` with `rows` queries: cached rows at a time, floats of scratch, and lanes."""
+    chunk, lanes = max(16, min(cached, CHUNK_BYTES // (4 * (rank + rope)))), -(-rows // 8) * 8
+    return chunk, rows * (rank + rope) + lanes * (2 * rank + rope + 2) + 32 * chunk + 16, lanes
+
+
+def latent_decode(
+    query: Tensor, latent: Tensor, key_rope: Tensor, weight: Tensor, table: Tensor, positions: Tensor, sizes: Sizes, scale: float
+) -> Tensor:
+    """`absorbed_attention` for a few new positions (int64, B, T) over a cache, each of which sees the rows up to its own; no gradients."""
+    query, latent, key_rope, table, positions = query.contiguous(), strided(latent), strided(key_rope), turns(table), positions.contiguous()
+    (batch, length), (heads, _, nope, rope, value), rank = query.shape[:2], sizes, latent.shape[-1]
+    chunk, floats, lanes = decode_room(length * heads, latent.shape[1], rank, rope)
+    out, scratch, last = query.new_empty(batch, length, heads * value), query.new_empty(floats), positions.new_empty(lanes)
+    loaded().latent_decode(
+        pointer(query), pointer(table), per_batch(table, query),
+        pointer(latent), latent.stride(0), latent.stride(1), pointer(key_rope), key_rope.stride(0), key_rope.stride(1),
+        *map(pointer, (positions, weight, out, scratch, last)), scale, latent.shape[1],
+        *((batch, length, heads, nope, rope, value, rank, chunk)),
+    )  # fmt: skip
+    return out
 
 
 class Norm(NamedTuple):
@@ -55,18 +83,18 @@ def latent_step(x: Tensor, norm: Norm, query: Query, kv_a: Tensor, kv_norm: Norm
     """
     (batch, length, hidden), (heads, _, nope, rotary, value), rank = x.shape, sizes, latent.shape[-1]
     low = 0 if query.q_a is None else query.q_a.shape[0]
-    chunk, floats, lanes = functions.decode_room(length * heads, end, rank, rotary)
+    chunk, floats, lanes = decode_room(length * heads, end, rank, rotary)
     tokens, width = batch * length, heads * sizes.key
     own = tokens * (hidden + width + 2 * low + rank + rotary + heads * value + 1)
     scratch, last = x.new_empty(own + floats), positions.new_empty(lanes)
     step = _LatentStep(
-        *_addresses((norm.weight, query.q_a, None if query.norm is None else query.norm.weight, query.q, kv_a, kv_norm.weight, kv_b, o,
+        *map(pointer, (norm.weight, query.q_a, None if query.norm is None else query.norm.weight, query.q, kv_a, kv_norm.weight, kv_b, o,
                      table, latent, rope, positions, last, scratch)),
         norm.eps, query.norm.eps if query.norm else 0.0, kv_norm.eps, scale,
-        batch, length, hidden, heads, nope, rotary, value, rank, low, end, chunk, functions.per_batch(table, x),
+        batch, length, hidden, heads, nope, rotary, value, rank, low, end, chunk, per_batch(table, x),
         latent.stride(0), latent.stride(1), rope.stride(0), rope.stride(1),
     )  # fmt: skip
-    _c().latent_step(ctypes.addressof(step), x.data_ptr())
+    loaded().latent_step(ctypes.addressof(step), x.data_ptr())
 
 
 class Experts(NamedTuple):
@@ -106,20 +134,10 @@ def feed_forward_step(x: Tensor, norm: Norm, experts: Experts | None, always: Ga
         gates, scores = x.new_empty(tokens, chosen), x.new_empty(tokens, count)
     scratch = x.new_empty(tokens * (4 * hidden + 3 * shared + width + 2 * width * chosen) + max(chosen, devices))
     step = _FeedForwardStep(
-        *_addresses((norm.weight, *((experts.centroids, experts.gate_up, experts.down) if experts else (None,) * 3), *(always or (None,) * 3),
+        *map(pointer, (norm.weight, *((experts.centroids, experts.gate_up, experts.down) if experts else (None,) * 3), *(always or (None,) * 3),
                      ids, places, gates, scores, scratch)),
         norm.eps, experts.scaling if experts else 1.0,
         tokens, hidden, count, width, chosen, shared, devices, limit, experts is not None and experts.sum_to_one,
     )  # fmt: skip
-    _c().feed_forward_step(ctypes.addressof(step), x.data_ptr())
+    loaded().feed_forward_step(ctypes.addressof(step), x.data_ptr())
     return None if ids is None or gates is None or scores is None else (ids, gates, scores)
-
-
-def _addresses(tensors: Iterable[Tensor | None]) -> list[int | None]:
-    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-
-
-def _c() -> ctypes.CDLL:
-    found = library()
-    assert found is not None
-    return found
