@@ -9,15 +9,26 @@ from typing import Any
 from research.errors import ConfigError
 
 LOCAL_TRIES = 3
+QUIET = {
+    "RAY_enable_metrics_collection": "0",
+    "RAY_event_stats": "0",
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_raylet_report_resources_period_milliseconds": "2000",
+    "RAY_gcs_pull_resource_loads_period_milliseconds": "10000",
+    "RAY_memory_monitor_refresh_ms": "1000",
+}
+"""Of a local Ray's own processes: no metrics and no list of tasks, which nobody reads, and slower looks at its one node (by default
+four to ten times a second)."""
 
 
 def settings_of_its_own() -> None:
     """For the local Ray of this process, to be made before Ray is imported, which reads them then.
 
-    A token, so that Ray leaves none in the user's home: with one there the next `ray start` would ask every client for it.  No
-    metrics of Ray's own processes: nobody reads them, and every core here has a worker.
+    A token, so that Ray leaves none in the user's home: with one there the next `ray start` would ask every client for it.  QUIET,
+    since every core here has a worker; what the user has set stays.
     """
-    os.environ.setdefault("RAY_enable_metrics_collection", "0")
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 

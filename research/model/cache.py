@@ -5,8 +5,9 @@ from the first on, so the row is the position, whatever the others do: prompts o
 padded behind, the padding is never written, and a query sees the rows up to its own position.
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,25 +32,38 @@ class Rows(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Place:
     """Where the T new positions of one forward pass go, the same for every layer.
 
     positions: int64 (B, T), position (and row) of each new token.
-    visible: bool (B, 1, T, S), which of the first S rows a new position may see; None for a cache that was
-    empty, where all rows are new and plain causality says the same.
     end: S, rows that are filled afterwards in the fullest sequence, padding included.
-    sequence, token, row: int64 (N,), the N new vectors that are no padding: x[sequence, token] goes to [sequence, row].
+    behind: whether a sequence had rows before, which new positions see too; if not, plain causality says all.
     start: the row of the first new position where it is the same in all sequences and none has padding, else None.
+    real: bool (B, T), what is no padding; None where there is none.
+
+    The rest is computed by whoever asks: in decoding nobody does.
     """
 
     positions: Tensor
-    visible: Tensor | None
     end: int
-    sequence: Tensor
-    token: Tensor
-    row: Tensor
+    behind: bool
     start: int | None
+    real: Tensor | None
+
+    @cached_property
+    def visible(self) -> Tensor | None:
+        """bool (B, 1, T, S), which of the first S rows a new position may see; None where none was filled before."""
+        if not self.behind:
+            return None
+        return (torch.arange(self.end, device=self.positions.device) <= self.positions[..., None])[:, None]
+
+    @cached_property
+    def scattered(self) -> tuple[Tensor, Tensor, Tensor]:
+        """sequence, token and row, int64 (N,) each, of the N new vectors that are no padding: x[sequence, token] goes to [sequence, row]."""
+        real = torch.ones_like(self.positions, dtype=torch.bool) if self.real is None else self.real
+        sequence, token = real.nonzero(as_tuple=True)
+        return sequence, token, self.positions[sequence, token]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +81,8 @@ class PlainRows:
         if place.start is not None:  # as in decoding: one copy, where scattered rows take four operations
             self.rows[..., place.start : place.start + x.shape[-2], :] = x
         else:
-            self.rows[place.sequence, ..., place.row, :] = x[place.sequence, ..., place.token, :].to(self.rows.dtype)
+            sequence, token, row = place.scattered
+            self.rows[sequence, ..., row, :] = x[sequence, ..., token, :].to(self.rows.dtype)
 
     def read(self, end: int) -> Tensor:
         return self.rows[..., :end, :].to(self.dtype)
@@ -88,9 +103,10 @@ class PackedRows:
         return self.packed.nbytes + self.grids.nbytes
 
     def write(self, place: Place, x: Tensor) -> None:
-        codes, grid = quantise(x[place.sequence, ..., place.token, :], self.bits)
-        self.packed[place.sequence, ..., place.row, :] = pack(codes, self.bits)
-        self.grids[place.sequence, ..., place.row, :] = grid
+        sequence, token, row = place.scattered
+        codes, grid = quantise(x[sequence, ..., token, :], self.bits)
+        self.packed[sequence, ..., row, :] = pack(codes, self.bits)
+        self.grids[sequence, ..., row, :] = grid
 
     def read(self, end: int) -> Tensor:
         return dequantise(unpack(self.packed[..., :end, :], self.bits, self.width), self.grids[..., :end, :], self.dtype)
@@ -118,6 +134,8 @@ class Cache:
     layers: list[LayerCache]
     positions: int
     lengths: Tensor
+    prepared: Any = field(default=None, repr=False, compare=False)
+    """What `decoding` keeps from one token to the next."""
 
     @classmethod
     def allocate(
@@ -154,20 +172,19 @@ class Cache:
 
         ValueError if there are not so many rows.
         """
-        offset = torch.arange(tokens)
-        real = offset < (torch.full_like(self.lengths, tokens) if new is None else new.cpu())[:, None]
-        sequence, token = real.nonzero(as_tuple=True)
-        positions = self.lengths[:, None] + offset
-        row = positions[sequence, token]
-        if row.numel() and (last := int(row.max())) >= self.positions:
-            raise ValueError(f"cache of {self.positions} positions cannot take {last + 1}")
-        visible = None
-        end = min(int(self.lengths.max()) + tokens, self.positions)
-        if end != tokens or self.lengths.any():
-            visible = (torch.arange(end) <= positions[..., None])[:, None].to(device)
-        together = len(row) == positions.numel() and bool((self.lengths == self.lengths[0]).all())
-        start = int(self.lengths[0]) if together else None
-        return Place(positions.to(device), visible, end, sequence.to(device), token.to(device), row.to(device), start)
+        lengths = self.lengths.tolist()
+        real = [tokens] * len(lengths) if new is None else [min(count, tokens) for count in new.tolist()]
+        if (last := max((length + count for length, count in zip(lengths, real, strict=True) if count > 0), default=0)) > self.positions:
+            raise ValueError(f"cache of {self.positions} positions cannot take {last}")
+        longest, offset = max(lengths), torch.arange(tokens)
+        end, whole = min(longest + tokens, self.positions), min(real) == tokens
+        return Place(
+            (self.lengths[:, None] + offset).to(device),
+            end,
+            behind=end != tokens or longest > 0,
+            start=longest if whole and min(lengths) == longest else None,
+            real=None if whole else (offset < torch.tensor(real)[:, None]).to(device),
+        )
 
     def advance(self, tokens: int, new: Tensor | None) -> None:
         """The positions that `place` gave rows to are filled."""

@@ -58,16 +58,7 @@ class Block(nn.Module):
         chance: torch.Generator | None,
         first: Tensor | None,
     ) -> tuple[Tensor, Routing | None]:
-        attention = self.self_attn
-        if (
-            cache is not None
-            and place is not None
-            and protected_B is None
-            and chance is None
-            and decoding.usable(x, attention, self.mlp, cache, place)
-        ):
-            return decoding.step(x, (self.input_layernorm, self.post_attention_layernorm), attention, self.mlp, table, cache, place)
-        x = x + attention(self.input_layernorm(x), table, cache, place, first)
+        x = x + self.self_attn(self.input_layernorm(x), table, cache, place, first)
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
             out, routing = self.mlp(normed, ids, protected_B, chance)
@@ -134,11 +125,16 @@ class Transformer(nn.Module):
         table = rotary_table(positions.flatten(), a.qk_rope_head_dim, a.rope_theta, self.lm_head.weight.dtype, a.yarn)
         if place is not None:
             table = table.unflatten(0, positions.shape)[:, None]  # beside the heads of (B, H, T, R / 2)
-        if documents is not None and place is not None and place.visible is not None:
+        if documents is not None and place is not None and place.behind:
             raise ValueError("documents go with a cache that is empty: those of its positions are not known")
         first = None if documents is None else first_of_document(documents)
         x = self.embed_tokens(ids)
-        routings: dict[int, Routing] = {}
+        plain = protected_B is None and chance is None
+        if cache is not None and place is not None and plain and (blocks := decoding.prepared(self.layers, x, cache, place)) is not None:
+            x, routings = blocks.step(x, table, place)
+            cache.advance(ids.shape[1], new_B)
+            return self.norm(x), routings
+        routings = {}
         for index, block in enumerate(self.layers):
             run = partial(recomputed, partial(block, first=first)) if checkpointed and cache is None else partial(block, first=first)
             x, routing = run(x, ids, table, cache.layers[index] if cache is not None else None, place, protected_B, chance=chance)

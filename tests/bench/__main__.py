@@ -62,11 +62,8 @@ def main(
         cases = [("small", 128, 1.0), ("larger", 128, 1.0), ("small", 128, 8.0), ("larger", 128, 8.0), ("small", 512, 1.0)]
         found["moe"] = [_said(moe.measure_moe(*case, 1 if quick else 15)) for case in (cases[:1] if quick else cases)]
     if "decoding" in parts:
-        read = found["read_bytes_per_second"]
         models = ["deepseek-v2-nano"] if quick else ["deepseek-v2-small"]
-        found["decoding"] = [
-            _said(decoding.measure_decoding(model, *at, rounds, read)) for model in models for at in (CONTEXTS[:1] if quick else CONTEXTS)
-        ]
+        found["decoding"] = [_said(decoding.measure_decoding(model, *at, rounds)) for model in models for at in (CONTEXTS[:1] if quick else CONTEXTS)]
         found["same_words"] = _said({"of": 16 if quick else 256, "same": decoding.same_words(models[0], 64 if quick else 1024, 16 if quick else 256)})
         found["prefill"] = _said(decoding.measure_prefill(models[0], 256 if quick else 4096))
     if "workers" in parts:

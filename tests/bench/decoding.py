@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,27 +20,30 @@ from research.presets import preset
 from tests.bench.common import interleaved, pin, reference, spread_out
 
 
-def bandwidth() -> float:
-    """Bytes per second that the core reads: the best pass over 256 MB, by a long sum or by the product that decoding uses, whichever is faster."""
+def reads() -> tuple[int, dict[str, Callable[[], object]]]:
+    """Bytes, and the two ways of reading them: a long sum, and the product that decoding uses.  The faster one is what the core reads."""
     data, one = torch.ones(2**16, 2**10), torch.ones(1, 2**10)
-    best = float("inf")
-    for read in (data.sum, lambda: few_rows_product(one, data)):
-        for _ in range(5):
-            began = time.perf_counter()
-            read()
-            best = min(best, time.perf_counter() - began)
-    return data.nbytes / best
+    return data.nbytes, {"sum": data.sum, "product": lambda: few_rows_product(one, data)}
 
 
-def measure_decoding(name: str, batch: int, context: int, rounds: int, read: float) -> dict[str, object]:
-    """Seconds per step of `batch` tokens behind `context` cached positions; the floor is what must be read, over the bandwidth `read`."""
+def bandwidth() -> float:
+    """Bytes per second that the core reads, by the faster way."""
+    size, ways = reads()
+    return size / min(interleaved(ways, 5).values())
+
+
+def measure_decoding(name: str, batch: int, context: int, rounds: int) -> dict[str, object]:
+    """Seconds per step of `batch` tokens behind `context` cached positions; the floor is what must be read over the core's bandwidth.
+
+    The step is held against the bandwidth of the same seconds: on a shared machine it changes by half from one minute to the next.
+    """
     from transformers import DynamicCache
 
     config = preset(name)
     model = spread_out(config).eval()
     twin = reference(model, "grouped_mm", 2 * context).eval()
     random = torch.Generator().manual_seed(1)
-    cache = Cache.allocate(config, batch, context + rounds + 8, dtype=torch.float32, device="cpu")
+    cache = Cache.allocate(config, batch, context + 6 * rounds + 8, dtype=torch.float32, device="cpu")
     theirs = DynamicCache(config=twin.config)
     for index, layer in enumerate(cache.layers):
         for rows in (layer.first.rows, layer.second.rows):
@@ -55,6 +59,10 @@ def measure_decoding(name: str, batch: int, context: int, rounds: int, read: flo
             "transformers": lambda: twin(ids, past_key_values=theirs, use_cache=True).logits.argmax(-1),
         }
         seconds = interleaved(forms, rounds)
+        cache.lengths[:] = context
+        size, ways = reads()
+        beside = interleaved({"moelab": forms["moelab"], **ways}, 5 * rounds)
+    read = size / min(beside[way] for way in ways)
     floor = (weights_read(config, batch) + batch * context * cache_bytes(config)) / read
     return {
         "model": name,
@@ -64,7 +72,8 @@ def measure_decoding(name: str, batch: int, context: int, rounds: int, read: flo
         "times": seconds["transformers"] / seconds["moelab"],
         "tokens_per_second": batch / seconds["moelab"],
         "floor_seconds": floor,
-        "over_floor": seconds["moelab"] / floor,
+        "over_floor": beside["moelab"] / floor,
+        "read_bytes_per_second": read,
         "logits_apart": apart,
         "cache_bytes": cache.allocated_bytes,
         "cache_over_closed_form": cache.allocated_bytes / (batch * cache.positions * cache_bytes(config)),

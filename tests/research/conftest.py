@@ -11,6 +11,15 @@ def denormals():
     torch.set_flush_denormal(False)  # train() sets it, and hypothesis refuses to draw floats in such a process
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As `make test` has it: with more the kernels stand aside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     """A folder of text for `small_runs.config`, and a cache and one thread of the module's own."""

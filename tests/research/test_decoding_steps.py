@@ -1,4 +1,4 @@
-"""A block's step in decoding by kernels, against the modules' own forward."""
+"""The blocks' step in decoding by one call, against the modules' own forward."""
 
 import math
 from dataclasses import replace
@@ -19,14 +19,14 @@ pytestmark = pytest.mark.skipif(native.library() is None, reason="no C compiler 
 
 
 def run(model, batch, new, lengths, monkeypatched):
-    """Logits, routings and the cache of `new` tokens behind prompts of unequal lengths; and how many blocks went by the kernels."""
+    """Logits, routings and the cache of `new` tokens behind prompts of unequal lengths; and how often the blocks went by the kernels."""
     taken = []
     with pytest.MonkeyPatch.context() as patch:
         if monkeypatched:
-            patch.setattr(decoding, "usable", lambda *_: False)
+            patch.setattr(decoding, "prepared", lambda *_: None)
         else:
-            step = decoding.step
-            patch.setattr(decoding, "step", lambda *given: taken.append(1) or step(*given))
+            step = decoding.Blocks.step
+            patch.setattr(decoding.Blocks, "step", lambda *given: taken.append(1) or step(*given))
         cache = Cache.allocate(model.config, batch, max(lengths) + new + 3, dtype=torch.float32, device="cpu")
         random = torch.Generator().manual_seed(3)
         with torch.no_grad():
@@ -53,7 +53,7 @@ def test_the_same_as_the_modules(lengths, new, query_latent, sum_to_one, shared,
     model = random_model(config, seed=seed).eval()
     said, cache, taken = run(model, len(lengths), new, lengths, False)
     wanted, other, none = run(model, len(lengths), new, lengths, True)
-    assert (taken, none) == (config.num_hidden_layers, 0)
+    assert (taken, none) == (1, 0)
     scale = float(wanted.logits.abs().max())
     torch.testing.assert_close(said.logits, wanted.logits, atol=1e-5 * scale, rtol=1e-5)
     for one, two in zip(cache.layers, other.layers, strict=True):
@@ -72,7 +72,7 @@ def test_a_preset(batch, lengths):
     model = random_model(preset("deepseek-v2-nano"), seed=1).eval()
     said, _, taken = run(model, batch, 1, lengths, False)
     wanted, _, _ = run(model, batch, 1, lengths, True)
-    assert taken == model.config.num_hidden_layers
+    assert taken == 1
     torch.testing.assert_close(said.logits, wanted.logits, atol=1e-5 * float(wanted.logits.abs().max()), rtol=1e-4)
 
 
@@ -97,8 +97,8 @@ def test_what_the_kernels_do_not_know_goes_by_the_modules():
 def _taken(model, bits=None, gradients=False, **given):
     taken = []
     with pytest.MonkeyPatch.context() as patch, torch.set_grad_enabled(gradients):
-        step = decoding.step
-        patch.setattr(decoding, "step", lambda *arguments: taken.append(1) or step(*arguments))
+        step = decoding.Blocks.step
+        patch.setattr(decoding.Blocks, "step", lambda *arguments: taken.append(1) or step(*arguments))
         cache = Cache.allocate(model.config, 1, 12, dtype=torch.float32, device="cpu", bits=bits)
         with torch.no_grad():
             model(torch.arange(4)[None], cache)
@@ -112,7 +112,7 @@ def test_generated_words_are_the_same():
     prompts = [torch.arange(7) * 5, torch.arange(30) * 3]
     said = torch.stack(list(generate(model, prompts, 60)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoding, "usable", lambda *_: False)
+        patch.setattr(decoding, "prepared", lambda *_: None)
         wanted = torch.stack(list(generate(model, prompts, 60)))
     assert torch.equal(said, wanted)
 
@@ -124,3 +124,46 @@ def test_what_is_no_number_is_seen():
         with torch.no_grad():
             spoil(model).fill_(math.nan)
         assert run(model, 1, 1, [3], False)[0].logits.isnan().all()
+
+
+def _next(model, cache, length):
+    """Logits of one more token behind `length` of the cache."""
+    cache.lengths[:] = length
+    with torch.no_grad():
+        return model(torch.tensor([[7]]), cache).logits
+
+
+def test_what_is_prepared_is_prepared_once_and_again_when_the_model_changes():
+    """Whatever changes between two tokens of a cache: a value, a tensor, a module, where the tensors lie, the model."""
+    model, other = (random_model(small(), seed=seed).eval() for seed in (0, 1))
+    cache = Cache.allocate(model.config, 1, 12, dtype=torch.float32, device="cpu")
+    with torch.no_grad():
+        model(torch.arange(4)[None], cache)
+    _next(model, cache, 4)
+    first = cache.prepared
+    for length in range(5, 9):
+        _next(model, cache, length)
+    assert isinstance(first, decoding.Blocks)
+    assert cache.prepared is first
+
+    def by_modules(of):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decoding, "prepared", lambda *_: None)
+            return _next(of, cache, 9)
+
+    last, attention = model.layers[-1], model.layers[0].self_attn
+    changes = {
+        "a value": lambda: attention.o_proj.weight.data.mul_(2.0),
+        "where a tensor lies": lambda: setattr(attention.o_proj.weight, "data", attention.o_proj.weight.data.clone() * 2.0),
+        "a parameter": lambda: setattr(last.mlp.gate, "weight", torch.nn.Parameter(last.mlp.gate.weight.flip(0).clone())),
+        "a module": lambda: setattr(last, "mlp", other.layers[-1].mlp),
+        "all of it, twice": lambda: model.double().float(),
+    }
+    for name, change in changes.items():
+        before = _next(model, cache, 9)
+        change()
+        said = _next(model, cache, 9)
+        assert torch.allclose(said, before) == (name == "all of it, twice"), name
+        torch.testing.assert_close(said, by_modules(model), atol=1e-5 * float(said.abs().max()), rtol=1e-5)
+        assert (cache.prepared is first) == (name == "a value"), name
+    torch.testing.assert_close(_next(other, cache, 9), by_modules(other), atol=1e-5 * float(before.abs().max()), rtol=1e-5)

@@ -23,14 +23,6 @@ WITHOUT = os.environ.get("MOELAB_KERNELS") == "off" or not any(map(shutil.which,
 pytestmark = pytest.mark.skipif(WITHOUT, reason="no C compiler here: the plain forms are what runs, and they have their own tests")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def agree(fast, exact, inputs, seed=0):
     """`fast` of float32 inputs and `exact` of the same in float64: values and gradients within float32's rounding."""
     wide = [x.detach().double().requires_grad_() for x in inputs]

@@ -1,5 +1,5 @@
-/* One block of the model for a few new tokens over a cache.  A token's products take microseconds each, and so does every call from Python:
-   a block is two calls here, one for its attention and one for its FFN.  They add to x, as the block does. */
+/* The blocks of the model for a few new tokens over a cache.  A token's products take microseconds each, and so does every call from Python:
+   all blocks are one call here.  Attention and FFN add to x, as they do in the block. */
 
 #include "kernels.h"
 
@@ -183,24 +183,31 @@ void latent_decode(const float *query, const float *table, i64 table_batch, cons
     }
 }
 
-/* ---- A block in two calls ---- */
+/* ---- All blocks in one call ---- */
+
+typedef struct { /* the new tokens, the same for every block */
+    const float *table;    /* cosine and sine of each pair, (B or 1, T, R) */
+    const i64 *position;   /* (B, T), the row of each */
+    i64 *last;             /* as in latent_decode */
+    i64 *ids, *places;     /* (L, M, K), an answer, of L blocks with experts; K M + E + `devices` numbers */
+    float *gates, *scores; /* (L, M, K), (L, M, E), answers */
+    float *scratch;        /* M (D + H (N + R) + 2 Q + C + R + H V + 1) floats and those of latent_decode, or
+                              M (4 D + 3 S + F + 2 F K) + max(K, devices) */
+    i64 B, T, S, chunk, table_batch;
+} Tokens;
 
 typedef struct {
     const float *norm, *q_a, *q_norm, *q, *kv_a, *kv_norm, *kv_b, *o; /* q_a NULL: no query latent, q is of x itself */
-    const float *table;                                               /* cosine and sine of each pair, (B or 1, T, R) */
     float *latent, *rope;                                             /* rows of the cache */
-    const i64 *position;                                              /* (B, T), the row of each new token */
-    i64 *last;                                                        /* as in latent_decode */
-    float *scratch;                                                   /* M (D + H (N + R) + 2 Q + C + R + H V + 1) floats, and those of latent_decode */
     float eps, q_eps, kv_eps, scale;
-    i64 B, T, D, H, N, R, V, C, Q, S, chunk, table_batch, latent_batch, latent_row, rope_batch, rope_row;
-} LatentStep;
+    i64 D, H, N, R, V, C, Q, latent_batch, latent_row, rope_batch, rope_row;
+} Latent;
 
 /* x (B, T, D) += W^O [attention of each head], after the norm; the new latents and rotary keys are written to the cache. */
-void latent_step(const LatentStep *s, float *x)
+static void latent_step(const Latent *s, const Tokens *t, float *x)
 {
-    i64 M = s->B * s->T, D = s->D, W = s->C + s->R, heads = s->H * (s->N + s->R);
-    float *normed = s->scratch, *query = normed + M * D, *low = query + M * heads, *low_normed = low + M * s->Q, *kv = low_normed + M * s->Q,
+    i64 M = t->B * t->T, D = s->D, W = s->C + s->R, heads = s->H * (s->N + s->R);
+    float *normed = t->scratch, *query = normed + M * D, *low = query + M * heads, *low_normed = low + M * s->Q, *kv = low_normed + M * s->Q,
           *out = kv + M * W, *inverse = out + M * s->H * s->V, *rest = inverse + M;
     rms_norm(x, D, s->norm, s->eps, normed, inverse, M, D);
     if (s->q_a) {
@@ -211,53 +218,53 @@ void latent_step(const LatentStep *s, float *x)
         few_rows_product(normed, s->q, query, M, heads, D);
     few_rows_product(normed, s->kv_a, kv, M, W, D);
     for (i64 m = 0; m < M; m++) {
-        i64 b = m / s->T, row = s->position[m];
-        const float *turn = s->table + b * s->table_batch + m % s->T * s->R;
+        i64 b = m / t->T, row = t->position[m];
+        const float *turn = t->table + b * t->table_batch + m % t->T * s->R;
         rms_norm(kv + m * W, W, s->kv_norm, s->kv_eps, s->latent + b * s->latent_batch + row * s->latent_row, inverse, 1, s->C);
         pack(0, 0, kv + m * W + s->C, 0, turn, 1.0f, s->rope + b * s->rope_batch + row * s->rope_row, 1, 0, s->R);
     }
-    latent_decode(query, s->table, s->table_batch, s->latent, s->latent_batch, s->latent_row, s->rope, s->rope_batch, s->rope_row, s->position, s->kv_b, out,
-                  rest, s->last, s->scale, s->S, s->B, s->T, s->H, s->N, s->R, s->V, s->C, s->chunk);
+    latent_decode(query, t->table, t->table_batch, s->latent, s->latent_batch, s->latent_row, s->rope, s->rope_batch, s->rope_row, t->position, s->kv_b, out,
+                  rest, t->last, s->scale, t->S, t->B, t->T, s->H, s->N, s->R, s->V, s->C, t->chunk);
     few_rows_product(out, s->o, normed, M, D, s->H * s->V);
     for (i64 j = 0; j < M * D; j++) x[j] += normed[j];
 }
 
 typedef struct {
     const float *norm, *centroids, *gate_up, *down, *gate, *up, *out; /* of the routed experts, then of the FFN that all tokens pass */
-    i64 *ids, *places;                                                /* (M, K), the answer; K M + E + `devices` numbers */
-    float *gates, *scores, *scratch;                                  /* (M, K), (M, E), answers; M (4 D + 3 S + F + 2 F K) + max(K, devices) floats */
     float eps, scaling;
-    i64 M, D, E, F, K, S, devices, limit, sum_to_one; /* E 0: no routed experts; S: width of the FFN that all tokens pass, 0: there is none */
-} FeedForwardStep;
+    i64 D, E, F, K, S, devices, limit, sum_to_one; /* E 0: no routed experts; S: width of the FFN that all tokens pass, 0: there is none */
+} FeedForward;
 
-/* x (M, D) += FFN of its norm: shared experts and the chosen routed ones (V2 equations 20 to 22), or one dense FFN. */
-void feed_forward_step(const FeedForwardStep *s, float *x)
+/* x (M, D) += FFN of its norm: shared experts and the chosen routed ones (V2 equations 20 to 22), or one dense FFN.
+   `routed` blocks before this one have experts. */
+static void feed_forward_step(const FeedForward *s, const Tokens *t, i64 routed, float *x)
 {
-    i64 M = s->M, D = s->D, E = s->E, K = s->K;
-    float *normed = s->scratch, *sum = normed + M * D, *gate = sum + M * D, *up = gate + M * s->S, *active = up + M * s->S,
+    i64 M = t->B * t->T, D = s->D, E = s->E, K = s->K, *ids = t->ids + routed * M * K;
+    float *gates = t->gates + routed * M * K, *scores = t->scores + routed * M * E;
+    float *normed = t->scratch, *sum = normed + M * D, *gate = sum + M * D, *up = gate + M * s->S, *active = up + M * s->S,
           *rest = active + M * s->S;
     rms_norm(x, D, s->norm, s->eps, normed, rest, M, D);
     memset(sum, 0, M * D * sizeof(float));
     if (E) {
         float *best = rest, *hidden = best + (K > s->devices ? K : s->devices);
-        i64 *slot = s->places, *ends = slot + M * K;
-        few_rows_product(normed, s->centroids, s->scores, M, E, D);
+        i64 *slot = t->places, *ends = slot + M * K;
+        few_rows_product(normed, s->centroids, scores, M, E, D);
         for (i64 m = 0; m < M; m++) {
-            float *row = s->scores + m * E, most = largest(row, E), total = 0.0f;
+            float *row = scores + m * E, most = largest(row, E), total = 0.0f;
             for (i64 e = 0; e < E; e++) {
                 row[e] = exponential(row[e] - most);
                 total += row[e];
             }
             for (i64 e = 0; e < E; e++) row[e] /= total;
         }
-        choose_experts(s->scores, s->ids, M, E, s->devices, s->limit, K, best, ends + E);
+        choose_experts(scores, ids, M, E, s->devices, s->limit, K, best, ends + E);
         for (i64 m = 0; m < M; m++) {
-            float *to = s->gates + m * K, total = 0.0f;
-            for (i64 k = 0; k < K; k++) total += to[k] = s->scores[m * E + s->ids[m * K + k]];
+            float *to = gates + m * K, total = 0.0f;
+            for (i64 k = 0; k < K; k++) total += to[k] = scores[m * E + ids[m * K + k]];
             for (i64 k = 0; k < K; k++) to[k] = (s->sum_to_one ? to[k] / total : to[k]) * s->scaling;
         }
-        sort_by_expert(s->ids, 0, slot, ends, M * K, E);
-        experts_forward(normed, s->gates, slot, ends, s->gate_up, s->down, hidden, sum, hidden + M * K * 2 * s->F, K, E, D, s->F, M);
+        sort_by_expert(ids, 0, slot, ends, M * K, E);
+        experts_forward(normed, gates, slot, ends, s->gate_up, s->down, hidden, sum, hidden + M * K * 2 * s->F, K, E, D, s->F, M);
     }
     if (s->S) {
         float *added = rest; /* what the routed experts needed is free again */
@@ -268,4 +275,18 @@ void feed_forward_step(const FeedForwardStep *s, float *x)
         for (i64 j = 0; j < M * D; j++) sum[j] += added[j];
     }
     for (i64 j = 0; j < M * D; j++) x[j] += sum[j];
+}
+
+typedef struct {
+    Latent attention;
+    FeedForward ffn;
+} Block;
+
+/* x (B, T, D) through all of them. */
+void decode_blocks(const Block *blocks, i64 count, const Tokens *tokens, float *x)
+{
+    for (i64 i = 0, routed = 0; i < count; routed += blocks[i++].ffn.E > 0) {
+        latent_step(&blocks[i].attention, tokens, x);
+        feed_forward_step(&blocks[i].ffn, tokens, routed, x);
+    }
 }

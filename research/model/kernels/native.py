@@ -39,8 +39,7 @@ SIGNATURES = {
     "attention_backward": "ppppppppppppppp",
     "heads_product": "cciiiipiipiipii",
     "latent_decode": "ppipiipiipppppfiiiiiiiii",
-    "latent_step": "pp",
-    "feed_forward_step": "pp",
+    "decode_blocks": "pipp",
 }
 """Arguments: p(ointer), i(nt64), f(loat), c(har)."""
 TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "c": ctypes.c_char}

@@ -1,12 +1,12 @@
-"""Decoding over a cache (`decoding.c`): absorbed attention, and a block's two halves for a few new tokens, each one call.
+"""Decoding over a cache (`decoding.c`): absorbed attention, and all blocks of a model for a few new tokens, each one call.
 
-The twins of the halves are the modules' own `forward`.
+The twins of the blocks are the modules' own `forward`.
 """
 
 import ctypes
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from research.model.kernels.functions import Sizes, per_batch, pointer, strided, turns
@@ -18,18 +18,22 @@ def _fields(pointers: str, floats: str, integers: str) -> list[tuple[str, type]]
     return [(name, kind) for names, kind in kinds for name in names.split()]
 
 
-class _LatentStep(ctypes.Structure):
+class _Latent(ctypes.Structure):
     _fields_ = _fields(
-        "norm q_a q_norm q kv_a kv_norm kv_b o table latent rope position last scratch",
-        "eps q_eps kv_eps scale",
-        "B T D H N R V C Q S chunk table_batch latent_batch latent_row rope_batch rope_row",
+        "norm q_a q_norm q kv_a kv_norm kv_b o latent rope", "eps q_eps kv_eps scale", "D H N R V C Q latent_batch latent_row rope_batch rope_row"
     )
 
 
-class _FeedForwardStep(ctypes.Structure):
-    _fields_ = _fields(
-        "norm centroids gate_up down gate up out ids places gates scores scratch", "eps scaling", "M D E F K S devices limit sum_to_one"
-    )
+class _FeedForward(ctypes.Structure):
+    _fields_ = _fields("norm centroids gate_up down gate up out", "eps scaling", "D E F K S devices limit sum_to_one")
+
+
+class _Block(ctypes.Structure):
+    _fields_ = (("attention", _Latent), ("ffn", _FeedForward))
+
+
+class _Tokens(ctypes.Structure):
+    _fields_ = _fields("table position last ids places gates scores scratch", "", "B T S chunk table_batch")
 
 
 CHUNK_BYTES = 3 * 2**13
@@ -74,27 +78,19 @@ class Query(NamedTuple):
     norm: Norm | None = None
 
 
-def latent_step(x: Tensor, norm: Norm, query: Query, kv_a: Tensor, kv_norm: Norm, kv_b: Tensor, o: Tensor, table: Tensor,
-                latent: Tensor, rope: Tensor, positions: Tensor, end: int, sizes: Sizes, scale: float) -> None:  # fmt: skip
-    """x (B, T, D) += MLA of its norm (`attention.MultiHeadLatentAttention`, absorbed), in place; no gradients.
+class Latent(NamedTuple):
+    """A block's MLA: kv_a (C + R, D), kv_b (H (N + V), C), o (D, H V); latent (B, rows, C) and rope (B, rows, R) of the cache."""
 
-    table: of `functions.turns`.  latent (B, rows, C) and rope (B, rows, R): the cache, to whose rows `positions` (int64, B, T) the new ones are
-    written; `end` rows are filled afterwards in the fullest sequence.  x and positions contiguous.
-    """
-    (batch, length, hidden), (heads, _, nope, rotary, value), rank = x.shape, sizes, latent.shape[-1]
-    low = 0 if query.q_a is None else query.q_a.shape[0]
-    chunk, floats, lanes = decode_room(length * heads, end, rank, rotary)
-    tokens, width = batch * length, heads * sizes.key
-    own = tokens * (hidden + width + 2 * low + rank + rotary + heads * value + 1)
-    scratch, last = x.new_empty(own + floats), positions.new_empty(lanes)
-    step = _LatentStep(
-        *map(pointer, (norm.weight, query.q_a, None if query.norm is None else query.norm.weight, query.q, kv_a, kv_norm.weight, kv_b, o,
-                     table, latent, rope, positions, last, scratch)),
-        norm.eps, query.norm.eps if query.norm else 0.0, kv_norm.eps, scale,
-        batch, length, hidden, heads, nope, rotary, value, rank, low, end, chunk, per_batch(table, x),
-        latent.stride(0), latent.stride(1), rope.stride(0), rope.stride(1),
-    )  # fmt: skip
-    loaded().latent_step(ctypes.addressof(step), x.data_ptr())
+    norm: Norm
+    query: Query
+    kv_a: Tensor
+    kv_norm: Norm
+    kv_b: Tensor
+    o: Tensor
+    latent: Tensor
+    rope: Tensor
+    sizes: Sizes
+    scale: float
 
 
 class Experts(NamedTuple):
@@ -118,26 +114,66 @@ class Gated(NamedTuple):
     down: Tensor
 
 
-def feed_forward_step(x: Tensor, norm: Norm, experts: Experts | None, always: Gated | None) -> tuple[Tensor, Tensor, Tensor] | None:
-    """x (..., D) += the FFN of its norm, in place: the experts that its gate chooses and the FFN that every token passes; no gradients.
+class FeedForward(NamedTuple):
+    """A block's FFN: the experts that a gate chooses and what every token passes."""
 
-    Back come ids (M, K), gates (M, K) and scores (M, E) as in `router.Routing`; None without routed experts.
+    norm: Norm
+    experts: Experts | None
+    always: Gated | None
+
+
+class Steps:
+    """Blocks one after the other for a few new tokens, in one call; no gradients.
+
+    They are given by address: whoever keeps them sees to it that no tensor moves.  All with experts have the same number of them.
     """
-    hidden = x.shape[-1]
-    tokens, shared = x.numel() // hidden, 0 if always is None else always.gate.shape[0]
-    ids = places = gates = scores = None
-    count = width = chosen = devices = limit = 0
-    if experts is not None:
-        count, _, width = experts.down.shape
-        chosen, devices, limit = experts.chosen, experts.devices, experts.limit
-        ids, places = torch.empty(tokens, chosen, dtype=torch.int64), torch.empty(tokens * chosen + count + devices, dtype=torch.int64)
-        gates, scores = x.new_empty(tokens, chosen), x.new_empty(tokens, count)
-    scratch = x.new_empty(tokens * (4 * hidden + 3 * shared + width + 2 * width * chosen) + max(chosen, devices))
-    step = _FeedForwardStep(
-        *map(pointer, (norm.weight, *((experts.centroids, experts.gate_up, experts.down) if experts else (None,) * 3), *(always or (None,) * 3),
-                     ids, places, gates, scores, scratch)),
-        norm.eps, experts.scaling if experts else 1.0,
-        tokens, hidden, count, width, chosen, shared, devices, limit, experts is not None and experts.sum_to_one,
+
+    def __init__(self, blocks: Sequence[tuple[Latent, FeedForward]]) -> None:
+        self._held = blocks
+        self._blocks = (_Block * len(blocks))(*(_Block(_latent(attention), _feed_forward(ffn)) for attention, ffn in blocks))
+        self._first = first = self._blocks[0].attention
+        self._own = first.D + first.H * (first.N + first.R) + 2 * first.Q + first.C + first.R + first.H * first.V + 1
+        ffns = [block.ffn for block in self._blocks]
+        self._ffn = max(4 * f.D + 3 * f.S + f.F + 2 * f.F * f.K for f in ffns)
+        self._routed = [f for f in ffns if f.E]
+
+    def __call__(self, x: Tensor, table: Tensor, positions: Tensor, end: int) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, D) becomes what it is behind the last block; back come ids (L, M, K), gates (L, M, K) and scores (L, M, E), as in
+        `router.Routing`, of the M = B T tokens in the L blocks with experts.
+
+        table: of `functions.turns`.  The cache's rows `positions` (int64, B, T) are written; `end` are filled afterwards in the fullest
+        sequence.  x and positions contiguous.
+        """
+        (batch, length, _), a = x.shape, self._first
+        tokens, routed = batch * length, self._routed[0] if self._routed else _FeedForward()
+        chunk, floats, lanes = decode_room(length * a.H, end, a.C, a.R)
+        scratch = x.new_empty(max(tokens * self._own + floats, tokens * self._ffn + max(routed.K, routed.devices)))
+        last, places = positions.new_empty(lanes), positions.new_empty(tokens * routed.K + routed.E + routed.devices)
+        ids = positions.new_empty(len(self._routed), tokens, routed.K)
+        gates, scores = x.new_empty(ids.shape), x.new_empty(len(self._routed), tokens, routed.E)
+        given = _Tokens(*map(pointer, (table, positions, last, ids, places, gates, scores, scratch)), batch, length, end, chunk, per_batch(table, x))
+        loaded().decode_blocks(ctypes.addressof(self._blocks), len(self._blocks), ctypes.addressof(given), pointer(x))
+        return ids, gates, scores
+
+
+def _latent(of: Latent) -> _Latent:
+    low, q = 0 if of.query.q_a is None else of.query.q_a.shape[0], of.query
+    (heads, _, nope, rotary, value), hidden = of.sizes, of.o.shape[0]
+    return _Latent(
+        *map(pointer, (of.norm.weight, q.q_a, None if q.norm is None else q.norm.weight, q.q, of.kv_a, of.kv_norm.weight, of.kv_b, of.o,
+                     of.latent, of.rope)),
+        of.norm.eps, q.norm.eps if q.norm else 0.0, of.kv_norm.eps, of.scale,
+        hidden, heads, nope, rotary, value, of.latent.shape[-1], low,
+        of.latent.stride(0), of.latent.stride(1), of.rope.stride(0), of.rope.stride(1),
     )  # fmt: skip
-    loaded().feed_forward_step(ctypes.addressof(step), x.data_ptr())
-    return None if ids is None or gates is None or scores is None else (ids, gates, scores)
+
+
+def _feed_forward(of: FeedForward) -> _FeedForward:
+    experts, always = of.experts, of.always
+    count, hidden, width = experts.down.shape if experts else (0, of.norm.weight.shape[0], 0)
+    chosen, devices, limit = (experts.chosen, experts.devices, experts.limit) if experts else (0, 0, 0)
+    return _FeedForward(
+        *map(pointer, (of.norm.weight, *((experts.centroids, experts.gate_up, experts.down) if experts else (None,) * 3), *(always or (None,) * 3))),
+        of.norm.eps, experts.scaling if experts else 1.0,
+        hidden, count, width, chosen, 0 if always is None else always.gate.shape[0], devices, limit, experts is not None and experts.sum_to_one,
+    )  # fmt: skip
