@@ -225,6 +225,7 @@ class Tracker:
             self._draw_run(run_id, directory, about["variant"], about["seed"])
         status = {schema.FINISHED: "FINISHED", schema.PRUNED: "FINISHED", schema.STOPPED: "KILLED"}.get(summary["state"], "FAILED")
         self._client.set_terminated(run_id, status)
+        _forget(run_id)
 
     def _note(self, state: str | None = None) -> StudyStatus:
         """Write the parent's note, from what the root holds, which comes back.  A report's verdict stands at its head and stays."""
@@ -281,6 +282,15 @@ class Tracker:
         for name, value in ((schema.TAG_BEST_MODEL, f"models:/{made.model_id}"), (schema.TAG_BEST_RUN, best.run)):
             self._client.set_tag(self._parent, name, value)
         self._client.set_tag(run_id, schema.TAG_BEST_MODEL, f"models:/{made.model_id}")
+
+
+def _forget(run_id: str) -> None:
+    """MLflow's client keeps what writes a run's files, with a pool of threads, for the last 1,024 runs; of one that has ended nobody
+    needs it.  It has no public way to say so; where the name is gone it stays."""
+    with suppress(ImportError, AttributeError):
+        from mlflow.tracking._tracking_service import utils  # noqa: PLC0415
+
+        utils._artifact_repos_cache.pop(run_id, None)
 
 
 def _is_there(client: Any, run_id: str) -> bool:
