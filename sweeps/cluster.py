@@ -7,10 +7,9 @@ out-of-memory behind an ActorUnavailableError).
 import os
 import re
 import time
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 from research.errors import ConfigError
 from sweeps import schema
@@ -18,6 +17,7 @@ from sweeps.connection import connect, settings_of_its_own
 from sweeps.control import Workers
 from sweeps.executors import Event, events
 from sweeps.failures import Failure
+from sweeps.slots import Member, Slot, place_of, who
 from sweeps.study import Resources
 from sweeps.trial import Group, Job
 from sweeps.workers import Answer, Place, Worker, bury
@@ -36,31 +36,6 @@ LONGER = 10.0
 BAD_STARTS = 3
 PASSED_ON = ("MOELAB_HOME", "MOELAB_CACHE", "XDG_CACHE_HOME", "MOELAB_KERNELS")
 """Workers of a Ray that was there before inherit its environment, not the driver's."""
-
-
-@dataclass(kw_only=True, slots=True, eq=False)
-class _Member:
-    """An actor, and the question that it has not answered yet."""
-
-    actor: Any
-    question: Any
-    asked: float
-    place: Place | None = None
-    moving: bool = False
-    """Whether its job has recorded anything: libraries, data and the model are there by then."""
-    ended: Answer | None = None
-
-
-@dataclass(kw_only=True, slots=True, eq=False)
-class _Slot:
-    """`lost`: its workers are being buried, after which its run ends in `failure`."""
-
-    members: list[_Member]
-    placement: Any = None
-    state: Literal["starting", "idle", "busy", "lost"] = "starting"
-    run: str | None = None
-    leaving: bool = False
-    failure: Failure | None = None
 
 
 class RayExecutor:
@@ -91,7 +66,7 @@ class RayExecutor:
                 f"resources.gpus_per_worker = {self._gpus:g}: workers of one trial need GPUs of their own; must be a whole number with "
                 f"workers_per_trial = {resources.workers_per_trial}, or gpus: none"
             )
-        self._slots: list[_Slot] = []
+        self._slots: list[Slot] = []
         self._closed = False
         self._told: list[Event] = []
         self._bad_starts, self._ever_started, self._resized, self._late = 0, False, 0.0, 0
@@ -112,7 +87,7 @@ class RayExecutor:
     def start(self, job: Job) -> None:
         slot = next(slot for slot in self._slots if slot.state == "idle" and not slot.leaving)
         slot.state, slot.run = "busy", job.run
-        self._told.append(Event(run=job.run, kind="started", place=_place(slot)))
+        self._told.append(Event(run=job.run, kind="started", place=place_of(slot)))
         share = self._gpus if 0 < self._gpus < 1 else 1.0
         groups: list[Group | None] = [None]
         if len(slot.members) > 1:
@@ -167,10 +142,10 @@ class RayExecutor:
 
     # --- answers ------------------------------------------------------------------------------------------------------------
 
-    def _members(self) -> Iterator[tuple[_Slot, _Member]]:
+    def _members(self) -> Iterator[tuple[Slot, Member]]:
         return ((slot, member) for slot in self._slots for member in slot.members)
 
-    def _take(self, slot: _Slot, member: _Member, question: Any) -> list[Event]:
+    def _take(self, slot: Slot, member: Member, question: Any) -> list[Event]:
         """An answer has come."""
         if slot not in self._slots or member.question is not question:
             return []  # an earlier answer of this turn has ended the slot
@@ -190,13 +165,13 @@ class RayExecutor:
             return []
         return self._progress(slot, member, answer)
 
-    def _progress(self, slot: _Slot, member: _Member, answer: Answer) -> list[Event]:
+    def _progress(self, slot: Slot, member: Member, answer: Answer) -> list[Event]:
         assert slot.run is not None
         member.moving |= bool(answer.records)
         if answer.failure is not None or answer.summary is not None:
             member.ended = answer
         elif answer.idle > self._patience(slot, member, LONGER * answer.longest) + (answer.longest if len(slot.members) > 1 else 0.0):
-            return self._lose(slot, Failure(kind=schema.HANG, text=f"no progress for {answer.idle:.0f} s; {_who(slot, member)} was replaced"))
+            return self._lose(slot, Failure(kind=schema.HANG, text=f"no progress for {answer.idle:.0f} s; {who(slot, member)} was replaced"))
         run, first = slot.run, member is slot.members[0]
         found = [event for event in events(run, answer) if first and event.kind not in ("done", "failed")]
         failed = next((m.ended.failure for m in slot.members if m.ended is not None and m.ended.failure is not None), None)
@@ -213,12 +188,12 @@ class RayExecutor:
             return [*found, Event(run=run, kind="failed", failure=failed)]
         return [*found, Event(run=run, kind="done", summary=summary)]
 
-    def _patience(self, slot: _Slot, member: _Member, shown: float = 0.0) -> float:
+    def _patience(self, slot: Slot, member: Member, shown: float = 0.0) -> float:
         """Seconds without progress; a job that only begins imports libraries and makes its data."""
         own = self._resources.hang_seconds + (GROUP_SECONDS if len(slot.members) > 1 else 0.0)
         return max(own, shown, 0.0 if member.moving else START_SECONDS)
 
-    def _overdue(self, slot: _Slot, member: _Member) -> list[Event]:
+    def _overdue(self, slot: Slot, member: Member) -> list[Event]:
         """A question that was not answered in time."""
         if member.question is None or slot not in self._slots:
             return []
@@ -227,12 +202,12 @@ class RayExecutor:
             member.question = None
             return self._buried(slot, member, None)
         if slot.state == "busy" and waited > min(POLL_SECONDS, self._patience(slot, member)) + ANSWER_SECONDS:
-            return self._lose(slot, Failure(kind=schema.HANG, text=f"{_who(slot, member)} has not answered for {waited:.0f} s; it was replaced"))
+            return self._lose(slot, Failure(kind=schema.HANG, text=f"{who(slot, member)} has not answered for {waited:.0f} s; it was replaced"))
         return []
 
     # --- losses -------------------------------------------------------------------------------------------------------------
 
-    def _named(self, error: BaseException, slot: _Slot) -> Failure:
+    def _named(self, error: BaseException, slot: Slot) -> Failure:
         """What became of a worker, as far as Ray says it."""
         text = _first_lines(error)
         if isinstance(error, self._ray.exceptions.OutOfMemoryError) or "low on memory" in text:
@@ -241,11 +216,11 @@ class RayExecutor:
             return Failure(kind=schema.NODE, text=text)
         return Failure(kind=schema.DIED, text=text)
 
-    def _all_nodes_live(self, slot: _Slot) -> bool:
+    def _all_nodes_live(self, slot: Slot) -> bool:
         live = {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
         return all(member.place is None or member.place.node in live for member in slot.members)
 
-    def _lose(self, slot: _Slot, failure: Failure) -> list[Event]:
+    def _lose(self, slot: Slot, failure: Failure) -> list[Event]:
         """End what is left of a slot, and see on its nodes what became of it: a process that is stuck holds its run's lock."""
         started = slot.state != "starting"
         slot.state, slot.failure = "lost", failure
@@ -262,7 +237,7 @@ class RayExecutor:
         there = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(place.node, soft=False)
         return self._ray.remote(bury).options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(place.pid)
 
-    def _buried(self, slot: _Slot, member: _Member, killed: int | None) -> list[Event]:
+    def _buried(self, slot: Slot, member: Member, killed: int | None) -> list[Event]:
         """One of a lost slot's nodes has said how many processes its kernel killed, or has not answered: None."""
         failure = slot.failure
         assert failure is not None
@@ -347,7 +322,7 @@ class RayExecutor:
         self._late = late
         return found
 
-    def _new_slot(self) -> _Slot:
+    def _new_slot(self) -> Slot:
         each = self._resources.workers_per_trial
         placement = None
         if each > 1:
@@ -355,7 +330,7 @@ class RayExecutor:
             placement = self._ray.util.placement_group([bundle] * each, strategy="PACK")
         actors = [self._actor(placement, index) for index in range(each)]
         now = time.monotonic()
-        return _Slot(members=[_Member(actor=actor, question=actor.place.remote(), asked=now) for actor in actors], placement=placement)
+        return Slot(members=[Member(actor=actor, question=actor.place.remote(), asked=now) for actor in actors], placement=placement)
 
     def _actor(self, placement: Any, index: int) -> Any:
         cpus = self._resources.cpus_per_worker
@@ -369,11 +344,11 @@ class RayExecutor:
             options["scheduling_strategy"] = strategy(placement_group=placement, placement_group_bundle_index=index)
         return self._ray.remote(Worker).options(**options).remote(0 if self._gpus else cpus, os.getcwd())
 
-    def _drop(self, slot: _Slot) -> None:
+    def _drop(self, slot: Slot) -> None:
         self._end(slot)
         self._slots.remove(slot)
 
-    def _end(self, slot: _Slot) -> None:
+    def _end(self, slot: Slot) -> None:
         for member in slot.members:
             self._ray.kill(member.actor)
         if slot.placement is not None:
@@ -393,19 +368,6 @@ class RayExecutor:
             count = self.workers
             self.close()
             raise ConfigError(f"resources: none of {count} workers started within {seconds:.0f} s; free: {held}; is another job running?")
-
-
-def _who(slot: _Slot, member: _Member) -> str:
-    return f"the worker of rank {slot.members.index(member)}" if len(slot.members) > 1 else "the worker"
-
-
-def _place(slot: _Slot) -> Place | None:
-    """Where a run is computed: of a group, its first worker's place with the hosts of all, such as "a (4), b (4)"."""
-    places = [member.place for member in slot.members if member.place is not None]
-    if len(places) < 2:
-        return places[0] if places else None
-    hosts = Counter((place.node, place.host) for place in places)
-    return replace(places[0], host=", ".join(f"{host} ({count})" for (_, host), count in hosts.items()))
 
 
 def _first_lines(error: BaseException) -> str:

@@ -31,7 +31,7 @@ _FORBID_UNKNOWN: Any = {"extra": "forbid", "allow_inf_nan": False}
 LARGEST_SEED = 2**32 - 1
 METRICS = sorted(value for name, value in vars(schema).items() if name.isupper() and isinstance(value, str) and value.split("/")[0] in
                  ("train", "routing", "validation", "model", "simulation", "reference", "parallel") and "/" in value)  # fmt: skip
-METRICS += [name.format(bits) for name in (schema.CACHE_BITS_PER_BYTE, schema.CACHE_BYTES_PER_TOKEN) for bits in KV_BITS]
+METRICS += schema.cache_metrics(KV_BITS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -91,7 +91,7 @@ BEFORE_TRAINING: dict[str, Quantity] = {
 def recorded_metrics(config: RunConfig, metrics: list[str]) -> list[str]:
     """Those of `metrics` that a run of this configuration records: a model without routed experts routes nothing."""
     routed = bool(config.model.moe_layers)
-    narrow = {name.format(bits) for name in (schema.CACHE_BITS_PER_BYTE, schema.CACHE_BYTES_PER_TOKEN) for bits in config.training.cache_bits}
+    narrow = set(schema.cache_metrics(config.training.cache_bits))
     layers = {f"{schema.EXPERT_VIOLATION}/layer_{layer}" for layer in config.model.moe_layers}
 
     def has(metric: str) -> bool:

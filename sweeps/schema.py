@@ -23,6 +23,7 @@ A study's root directory holds
 The same metrics, parameters, tags and artifacts are in MLflow, under the names below.
 """
 
+from collections.abc import Iterable
 from typing import Final
 
 SCHEMA_VERSION: Final = 1
@@ -134,6 +135,13 @@ CACHE_BITS_PER_BYTE: Final = "cache/bits_per_byte_at_{}_bits"
 """Held-out bits per byte out of a cache of so many bits per element, for each of `training.cache_bits`."""
 CACHE_BYTES_PER_TOKEN: Final = "cache/bytes_per_token_at_{}_bits"
 """Of that cache as it is allocated, scales and offsets included."""
+
+
+def cache_metrics(widths: Iterable[int]) -> list[str]:
+    """The names of both for each width in bits."""
+    return [name.format(bits) for bits in widths for name in (CACHE_BITS_PER_BYTE, CACHE_BYTES_PER_TOKEN)]
+
+
 NGRAM_BITS_PER_BYTE: Final = "reference/order2_bits_per_byte"
 """Held-out bits per byte of an interpolated order-2 model (two tokens of context) of the same training tokens."""
 DISPATCH_SECONDS: Final = "simulation/dispatch_seconds"

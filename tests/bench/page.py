@@ -84,9 +84,13 @@ def _moe(found: dict[str, Any]) -> list[str]:
         target = 1.3 if case["busiest_over_average"] > 2 else 1.25
         bold = "**" if case["times"] > target else ""
         skew = f"{case['busiest_over_average']:.1f}"
-        rows.append((case["size"], str(case["tokens_per_expert"]), skew, f"{case['times']:.2f} ({bold}target {target:g}{bold})"))
-    head = ("layer", "tokens per expert", "busiest over average", "times the dense FFN")
-    return ["## The whole MoE layer over a dense FFN of the same activated FLOPs", "", "Forward and backward, gate and shared experts included.", "",
+        rows.append(
+            (case["size"], str(case["tokens_per_expert"]), skew, f"{case['times']:.2f} ({bold}target {target:g}{bold})", f"{case['products']:.2f}")
+        )
+    head = ("layer", "tokens per expert", "busiest over average", "times the dense FFN", "products alone")
+    return ["## The whole MoE layer over a dense FFN of the same activated FLOPs", "",
+            "Forward and backward, gate and shared experts included. *Products alone*: what the matrix products of the two take at the rate that",
+            "the core has for each of their shapes, before a token is routed, gathered or added up.", "",
             *_table(head, rows)]  # fmt: skip
 
 

@@ -17,10 +17,11 @@ from test_driver import DyingExecutor, drive, optuna_trials, read
 
 from research.errors import CollectiveFailed, ConfigError, DiskFull, OutOfMemory
 from sweeps import schema
-from sweeps.cluster import RayExecutor, _Slot
+from sweeps.cluster import RayExecutor
 from sweeps.connection import connect
 from sweeps.executors import Event, InlineExecutor
 from sweeps.failures import MAX_TRIES, Attempts, Failure, classify, read_attempts, reset_runs
+from sweeps.slots import Slot
 from sweeps.study import load_study
 from sweeps.trial import Job
 
@@ -147,7 +148,7 @@ class KillingNode(InlineExecutor):
             super().start(job)
 
     def poll(self, wait: float = 0.0) -> list[Event]:
-        named = [self._real._named(self._error, _Slot(members=[])) for _ in self.lost]
+        named = [self._real._named(self._error, Slot(members=[])) for _ in self.lost]
         found = [Event(run=run, kind="failed", failure=failure) for run, failure in zip(self.lost, named, strict=True)]
         self.lost = []
         return found or super().poll(wait)

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from research.errors import ConfigError
-from sweeps.cluster import GROUP_SECONDS, START_SECONDS, RayExecutor, _Member, _place, _Slot
+from sweeps.cluster import GROUP_SECONDS, START_SECONDS, RayExecutor
 from sweeps.connection import connect
 from sweeps.definition import Resources
+from sweeps.slots import Member, Slot, place_of
 from sweeps.workers import Place
 
 
@@ -35,8 +36,8 @@ def test_workers_of_one_run_do_not_share_a_gpu(monkeypatch: pytest.MonkeyPatch) 
         RayExecutor(Resources(workers_per_trial=2), 1)
 
 
-def slot_of(*places: Place | None) -> _Slot:
-    return _Slot(members=[_Member(actor=None, question=None, asked=0.0, place=place, moving=True) for place in places])
+def slot_of(*places: Place | None) -> Slot:
+    return Slot(members=[Member(actor=None, question=None, asked=0.0, place=place, moving=True) for place in places])
 
 
 def test_a_group_is_given_the_time_to_say_whom_it_waited_for() -> None:
@@ -54,7 +55,7 @@ def test_the_place_of_a_group_names_all_its_hosts() -> None:
     def at(node: str, host: str) -> Place:
         return Place(node=node, host=host, pid=7, cores=(), killed=0)
 
-    spread = _place(slot_of(at("n1", "a"), at("n1", "a"), at("n2", "b"), at("n3", "b")))
+    spread = place_of(slot_of(at("n1", "a"), at("n1", "a"), at("n2", "b"), at("n3", "b")))
     assert spread is not None
     assert (spread.host, spread.pid) == ("a (2), b (1), b (1)", 7)
-    assert _place(slot_of(at("n1", "a"))) == at("n1", "a")
+    assert place_of(slot_of(at("n1", "a"))) == at("n1", "a")

@@ -22,6 +22,21 @@ from sweeps.failures import read_attempts
 pytestmark = pytest.mark.slow
 PORT = 26379
 TOKENS_PER_STEP = 4 * 32
+NODES = """
+import sys, time, ray
+until = time.monotonic() + 120
+while True:
+    try:
+        ray.init(log_to_driver=False)
+        break
+    except Exception:  # the head is not there yet
+        assert time.monotonic() < until
+        time.sleep(0.5)
+while sum(node["Alive"] for node in ray.nodes()) != int(sys.argv[1]):
+    assert time.monotonic() < until, ray.nodes()
+    time.sleep(0.2)
+"""
+"""Waits for so many nodes."""
 
 
 class Cluster:
@@ -38,7 +53,7 @@ class Cluster:
         head = ["--head", f"--port={PORT}", "--include-dashboard=false", f"--temp-dir={temporary}", *here]
         self.started = [self._node(0, *head)]
         self.environment["RAY_ADDRESS"] = f"{self.addresses[0]}:{PORT}"
-        await_(lambda: self._nodes() == 1, 120, "the head")
+        self.await_nodes(1)
 
     def add_node(self) -> None:
         here = [] if self.machine(1) == [] else [f"--node-ip-address={self.addresses[1]}"]
@@ -49,13 +64,17 @@ class Cluster:
         with (self.home / f"ray-{number}.log").open("a") as log:
             return subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
 
-    def _nodes(self) -> int:
-        code = "import ray; ray.init(log_to_driver=False); print(sum(node['Alive'] for node in ray.nodes()))"
-        found = subprocess.run([*self.machine(0), sys.executable, "-c", code], env=self.environment, capture_output=True, text=True, check=False)
-        return int(found.stdout.split()[-1]) if found.returncode == 0 else 0
-
     def await_nodes(self, count: int) -> None:
-        await_(lambda: self._nodes() == count, 120, f"{count} nodes")
+        """One process asks until there are so many: to start one takes longer than all answers."""
+        done = subprocess.run(
+            [*self.machine(0), sys.executable, "-c", NODES, str(count)],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=180,
+        )
+        assert done.returncode == 0, done.stderr
 
     def kill_node(self) -> None:
         """As when its power fails: everything of it at once."""

@@ -27,6 +27,7 @@ from sweeps.status import Reader
 from sweeps.study import load_study
 from sweeps.system_metrics import Meter, sampled
 from sweeps.tracking import Tracker
+from sweeps.trial import failed_summary, write_summary
 
 StudyWriter = Callable[..., Path]
 
@@ -224,6 +225,22 @@ def test_a_driver_that_died_between_creating_a_run_and_noting_it_creates_no_seco
     (root / tracking.STATE_FILE).write_text(json.dumps({"creating": True}))
     Tracker(tracker.study, root, "abc").sync(runs)
     assert history(local) == list(range(1, 11))
+
+
+def test_what_wrote_the_files_of_a_run_that_has_ended_is_let_go(unfinished: tuple[Tracker, Path, dict[str, Any]]) -> None:
+    """Else MLflow's client keeps it, with a pool of threads, for the last 1,024 runs."""
+    from mlflow.tracking._tracking_service.utils import _artifact_repos_cache as kept
+
+    tracker, root, runs = unfinished
+    kept.clear()
+    tracker.sync(runs)
+    write_summary(root / "runs" / "000-0", failed_summary("a bug", 1, "bug"))
+    tracker.sync(runs, final=True)
+    assert tracker.behind is None
+    child = json.loads((root / "runs" / "000-0" / tracking.STATE_FILE).read_text())["run_id"]
+    assert child not in kept
+    assert schema.SUMMARY_FILE in [file.path for file in tracker._client.list_artifacts(child)]
+    assert child in kept, "where it would be"
 
 
 def test_another_store_or_one_that_was_emptied_gets_everything(
