@@ -1,6 +1,9 @@
-"""Two machines out of one: network namespaces with a cable between them, made without any privilege where the kernel lets a user.
+"""What a test needs of machines, by means of the kernel.
 
+Two machines out of one: network namespaces with a cable between them, made without any privilege where the kernel lets a user.
 Both see the same files and processes; each has a loopback and an address of its own, as machines that share a disk have.
+
+A machine with little memory: a control group, whose processes the kernel kills when they take more.
 """
 
 import contextlib
@@ -8,6 +11,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 INSIDE = ("nsenter", "--user", "--net", "--preserve-credentials")
@@ -57,3 +61,27 @@ def _make(holders: list["subprocess.Popen[bytes]"]) -> None:
         done = subprocess.run([*_within(holder), *command.split()], capture_output=True, text=True, check=False)
         if done.returncode:
             raise OSError(f"{command}: {done.stderr}")
+
+
+@contextlib.contextmanager
+def little_memory(limit: int) -> Iterator[Path]:
+    """A control group of version 1 or 2 whose processes may have `limit` bytes; they join by their number in its `cgroup.procs`.  OSError
+    where this user may make none."""
+    for parent, name in ((Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"), (Path("/sys/fs/cgroup"), "memory.max")):
+        group = parent / f"moelab-test-{os.getpid()}"
+        try:
+            with contextlib.suppress(OSError):
+                (parent / "cgroup.subtree_control").write_text("+memory")
+            group.mkdir()
+        except OSError:
+            continue
+        try:
+            if not (group / name).exists():
+                continue
+            (group / name).write_text(str(limit))
+            yield group
+            return
+        finally:
+            with contextlib.suppress(OSError):
+                group.rmdir()
+    raise OSError("no control group with a limit of memory can be made here")

@@ -3,7 +3,7 @@
 `computed.log` in a run's directory holds a line "pid step" per computed step, so that a test can see
 what was repeated and where.  Files in the study's root steer it: `slow` (seconds per step), `bug`
 (raise), `diverge` (end as diverged), `hang` (once, for ever); a file's text, if any, limits it to the runs named there.  `memory`:
-so many sequences per pass fit, `gpu-memory` the same of a GPU.
+so many sequences per pass fit, `gpu-memory` the same of a GPU.  `greedy`: a control group in which, once, more memory is taken than there is.
 
 `harsh` trains for real and strikes each run that the file `faults` names once, in its sixth step, with what stands there for it.
 `together` is for a group of workers, `idle` does nothing, `sleep` sleeps for the seconds in `slow`.
@@ -54,6 +54,8 @@ def count(
             raise ValueError(f"a bug in step {step}")
         if _steered(root / "hang", directory.name) and step == 7 and _first(directory):
             time.sleep(10_000)
+        if (root / "greedy").exists() and step == 7 and _first(directory):
+            _take_until_killed(Path((root / "greedy").read_text()))
         _go_slowly(root / "slow")
         with (directory / "computed.log").open("a") as log:
             log.write(f"{os.getpid()} {step}\n")
@@ -175,6 +177,13 @@ def _need_memory(root: Path, sequences: int) -> None:
         import torch
 
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def _take_until_killed(group: Path) -> None:
+    (group / "cgroup.procs").write_text(str(os.getpid()))
+    held = []
+    while True:
+        held.append(b"x" * 2**24)
 
 
 def _first(directory: Path) -> bool:

@@ -1,5 +1,6 @@
 """Faults that are real, in real processes on the session's Ray, of real training where its numbers are what is asked."""
 
+import contextlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import STANDIN, Sweeps, await_, computed
+from machines import little_memory
 from test_failures import numbers, records
 
 from sweeps import schema
@@ -76,6 +78,25 @@ def test_a_run_that_makes_no_progress_is_replaced(sweeps_on_ray: Sweeps, study: 
     first, second = (attempt["pid"] for attempt in attempts(sweeps, "000-0"))
     assert next(step for pid, step in computed(sweeps.root, "000-0") if pid == second) == 5, "went on after the checkpoint of step 4"
     assert not Path(f"/proc/{first}").exists()
+
+
+def test_a_worker_that_the_kernel_kills_for_its_memory_goes_on_with_half(sweeps_on_ray: Sweeps, study: StudyWriter) -> None:
+    """The kernel's own killer, of a machine that is too small for the run: a control group with little memory."""
+    sweeps, only = sweeps_on_ray, {"space": {"model.moe.device_limit": [3]}, "baseline": {"model.moe.device_limit": 3}, "seeds": [0]}
+    with contextlib.ExitStack() as stack:
+        try:
+            group = stack.enter_context(little_memory(64 * 2**20))
+        except OSError as error:
+            pytest.skip(str(error))
+        sweeps.steer("greedy", str(group))
+        code, output = sweeps.call("run", study(**only), "--function", STANDIN)
+    assert code == 0, output
+    first, second = attempts(sweeps, "000-0")
+    assert (first["failure"], first["charged"], first["micro_batch_size"]) == (schema.OUT_OF_MEMORY, False, None), first["text"]
+    assert "killed by the kernel" in first["text"]
+    assert (second["failure"], second["micro_batch_size"]) == (None, 2)
+    assert next(step for pid, step in computed(sweeps.root, "000-0") if pid == second["pid"]) == 5, "went on after the checkpoint of step 4"
+    assert json.loads((sweeps.root / "runs" / "000-0" / schema.CONFIG_FILE).read_text())["training"]["batch_size"] == 4, "the same global batch"
 
 
 class Node:

@@ -5,64 +5,86 @@
 
 /* ---- Absorbed attention over a cache ---- */
 
-typedef float v8 __attribute__((vector_size(32), aligned(4), may_alias));
-enum { LANE = 8, MOST = 4 }; /* floats of a vector; vectors of queries at a time: with three rows of keys they fill the registers */
 #define INLINE static inline __attribute__((always_inline))
+#ifdef __AVX512F__
+enum { LANE = 16, MOST = 2, AT = 6 };
+#else
+enum { LANE = 8, MOST = 4, AT = 3 };
+#endif
+/* Floats of a vector; vectors of queries at a time; rows at a time: AT MOST sums and what they are made of fill the registers. */
+typedef float vector __attribute__((vector_size(4 * LANE), aligned(4), may_alias));
 
-/* Queries are lanes here, `8 n` of them side by side: a key's element is one factor for all of them, nothing is added up across lanes,
+/* Queries are lanes here, `LANE n` of them side by side: a key's element is one factor for all of them, nothing is added up across lanes,
    and no operand is packed, which for products as flat as these takes a matrix product's routine half its time. */
 
-/* p (w, 8 n) = scores of w keys: of rows (w, width) with `row` floats from one to the next and queries (width, 8 n), added to what is there. */
+/* p (w, LANE n) = scores of w keys: of rows (w, width) with `row` floats from one to the next and queries (width, LANE n), added to what is
+   there. */
 INLINE void add_scores(const int n, i64 w, i64 width, const float *rows, i64 row, const float *queries, float *p, int fresh)
 {
-    for (i64 j = 0; j < w; j += 3) {
-        const float *a = rows + j * row, *b = j + 1 < w ? a + row : a, *c = j + 2 < w ? a + 2 * row : a;
-        v8 *to = (v8 *)(p + j * LANE * n), sums[3][MOST];
-        for (int i = 0; i < 3; i++)
-            for (int v = 0; v < n; v++) sums[i][v] = (v8){0.0f};
-        for (int i = 0; i < 3 && j + i < w && !fresh; i++)
-            for (int v = 0; v < n; v++) sums[i][v] = to[i * n + v];
-        for (i64 q = 0; q < width; q++) {
-            const v8 *query = (const v8 *)(queries + q * LANE * n);
-            for (int v = 0; v < n; v++) {
-                sums[0][v] += a[q] * query[v];
-                sums[1][v] += b[q] * query[v];
-                sums[2][v] += c[q] * query[v];
-            }
+    for (i64 j = 0; j < w; j += AT) {
+        const int there = w - j < AT ? w - j : AT;
+        const float *key[AT];
+        vector *to = (vector *)(p + j * LANE * n), sums[AT][MOST];
+#pragma GCC unroll 8
+        for (int i = 0; i < AT; i++) {
+            key[i] = rows + (j + (i < there ? i : 0)) * row;
+#pragma GCC unroll 8
+            for (int v = 0; v < n; v++) sums[i][v] = (vector){0.0f};
         }
-        for (int i = 0; i < 3 && j + i < w; i++)
-            for (int v = 0; v < n; v++) to[i * n + v] = sums[i][v];
+        if (!fresh)
+#pragma GCC unroll 8
+            for (int i = 0; i < AT; i++)
+                if (i < there)
+#pragma GCC unroll 8
+                    for (int v = 0; v < n; v++) sums[i][v] = to[i * n + v];
+        for (i64 q = 0; q < width; q++) {
+            const vector *query = (const vector *)(queries + q * LANE * n);
+#pragma GCC unroll 8
+            for (int i = 0; i < AT; i++)
+#pragma GCC unroll 8
+                for (int v = 0; v < n; v++) sums[i][v] += key[i][q] * query[v];
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < AT; i++)
+            if (i < there)
+#pragma GCC unroll 8
+                for (int v = 0; v < n; v++) to[i * n + v] = sums[i][v];
     }
 }
 
-/* sums (width, 8 n) = sums * fade + rows^T p. */
+/* sums (width, LANE n) = sums * fade + rows^T p. */
 INLINE void add_values(const int n, i64 w, i64 width, const float *rows, i64 row, const float *p, const float *fade, float *sums)
 {
-    for (i64 q = 0; q < width; q += 3) {
-        i64 second = q + 1 < width ? 1 : 0, third = q + 2 < width ? 2 : 0;
-        v8 *to = (v8 *)(sums + q * LANE * n), sum[3][MOST];
-        for (int i = 0; i < 3; i++)
-            for (int v = 0; v < n; v++) sum[i][v] = (v8){0.0f};
-        for (int i = 0; i < 3 && q + i < width; i++)
-            for (int v = 0; v < n; v++) sum[i][v] = to[i * n + v] * ((const v8 *)fade)[v];
-        for (i64 j = 0; j < w; j++) {
-            const float *a = rows + j * row + q;
-            const v8 *by = (const v8 *)(p + j * LANE * n);
-            for (int v = 0; v < n; v++) {
-                sum[0][v] += a[0] * by[v];
-                sum[1][v] += a[second] * by[v];
-                sum[2][v] += a[third] * by[v];
-            }
+    for (i64 q = 0; q < width; q += AT) {
+        const int there = width - q < AT ? width - q : AT;
+        i64 column[AT];
+        vector *to = (vector *)(sums + q * LANE * n), sum[AT][MOST];
+#pragma GCC unroll 8
+        for (int i = 0; i < AT; i++) {
+            column[i] = i < there ? i : 0;
+#pragma GCC unroll 8
+            for (int v = 0; v < n; v++) sum[i][v] = to[column[i] * n + v] * ((const vector *)fade)[v];
         }
-        for (int i = 0; i < 3 && q + i < width; i++)
-            for (int v = 0; v < n; v++) to[i * n + v] = sum[i][v];
+        for (i64 j = 0; j < w; j++) {
+            const float *values = rows + j * row + q;
+            const vector *by = (const vector *)(p + j * LANE * n);
+#pragma GCC unroll 8
+            for (int i = 0; i < AT; i++)
+#pragma GCC unroll 8
+                for (int v = 0; v < n; v++) sum[i][v] += values[column[i]] * by[v];
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < AT; i++)
+            if (i < there)
+#pragma GCC unroll 8
+                for (int v = 0; v < n; v++) to[i * n + v] = sum[i][v];
     }
 }
 
-/* What 8 n queries have seen so far: the greatest score, and relative to it the sum of exponentials and (C, 8 n) of values. */
+/* What LANE n queries have seen so far: the greatest score, and relative to it the sum of exponentials and (C, LANE n) of values. */
 typedef struct {
-    float *queries, *sums, *most, *total; /* queries (C + R, 8 n) */
-    const i64 *last;                      /* (8 n), the last row that each may see */
+    float *queries, *sums, *most, *total; /* queries (C + R, LANE n) */
+    const i64 *last;                      /* (LANE n), the last row that each may see */
 } Seen;
 
 /* They look at w further rows, from row `lo` on, of which all see those before `masked`.  `next` rows behind them are fetched meanwhile. */
@@ -109,7 +131,7 @@ static void transpose(const float *from, i64 there, i64 width, i64 lanes, float 
    query (B, T, H, N + R), its rotary parts not yet turned; table (B or 1, T, R); latent rows (C) and rotary keys (R) of the cache, with their strides;
    position (B, T) of each query, which sees the rows up to it, of S; weight (H, N + V, C) of kv_b_proj -> out (B, T, H, V).
    Rows are taken `chunk` at a time with a running maximum, so that each is fetched from memory once for all heads.
-   With L = T H rounded up to 8, scratch: T H (C + R) + L (2 C + R + 2) + 32 chunk + 16 floats and `last`: L numbers. */
+   With L = T H rounded up to 16, scratch: T H (C + R) + L (2 C + R + 2) + 32 chunk + 16 floats and `last`: L numbers. */
 void latent_decode(const float *query, const float *table, i64 table_batch, const float *latent, i64 latent_batch, i64 latent_row, const float *rope,
                    i64 rope_batch, i64 rope_row, const i64 *position, const float *weight, float *out, float *scratch, i64 *last, float scale, i64 S, i64 B,
                    i64 T, i64 H, i64 N, i64 R, i64 V, i64 C, i64 chunk)

@@ -42,7 +42,7 @@ CHUNK_BYTES = 3 * 2**13
 
 def decode_room(rows: int, cached: int, rank: int, rope: int) -> tuple[int, int, int]:
     """Of `latent_decode` with `rows` queries: cached rows at a time, floats of scratch, and lanes."""
-    chunk, lanes = max(16, min(cached, CHUNK_BYTES // (4 * (rank + rope)))), -(-rows // 8) * 8
+    chunk, lanes = max(16, min(cached, CHUNK_BYTES // (4 * (rank + rope)))), -(-rows // 16) * 16
     return chunk, rows * (rank + rope) + lanes * (2 * rank + rope + 2) + 32 * chunk + 16, lanes
 
 
