@@ -3,6 +3,7 @@
 Same values as `transformer.Block` up to rounding (`tests/research/test_decoding_steps.py`); whatever is not known here goes that way.
 """
 
+import operator
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def prepared(layers: nn.ModuleList, x: Tensor, cache: Cache, place: Place) -> "B
     few = x.shape[1] <= FEW and x.shape[0] * x.shape[1] <= functions.FEW_ROWS
     if not (few and place.behind and place.real is None) or torch.is_grad_enabled() or not native.usable(x):
         return None
-    if isinstance(cache.prepared, Blocks) and cache.prepared.stand(layers):
+    if isinstance(cache.prepared, Blocks) and cache.prepared.stand(layers, cache):
         return cache.prepared
     cache.prepared = Blocks(layers, cache) if all(map(_known, layers, cache.layers)) else None
     return cache.prepared
@@ -48,16 +49,21 @@ class Blocks:
     """Blocks that are known, by the addresses of their weights and rows."""
 
     def __init__(self, layers: nn.ModuleList, cache: Cache) -> None:
-        self._layers = layers
+        self._layers, self._kept = layers, list(cache.layers)
         self._routed = [index for index, block in enumerate(layers) if isinstance(block.mlp, MoE)]
         places = [where for module in layers.modules() for where in (module._parameters, module._modules)]
         self._parts = [(where, name, part) for where in places for name, part in where.items()]
         self._addresses = [(part.data_ptr, part.data_ptr()) for _, _, part in self._parts if isinstance(part, Tensor)]
         self._steps = steps.Steps([(_attention(block, kept), _ffn(block)) for block, kept in zip(layers, cache.layers, strict=True)])
 
-    def stand(self, layers: nn.ModuleList) -> bool:
-        """Whether these are the blocks, part by part, where they were."""
-        same = layers is self._layers and all(where.get(name) is part for where, name, part in self._parts)
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """A copy of a cache prepares its own: these addresses are of the first one's rows."""
+        return type(None), ()
+
+    def stand(self, layers: nn.ModuleList, cache: Cache) -> bool:
+        """Whether these are the blocks, part by part, where they were, and the cache's layers."""
+        same = layers is self._layers and all(map(operator.is_, cache.layers, self._kept))
+        same = same and all(where.get(name) is part for where, name, part in self._parts)
         return same and all(address() == was for address, was in self._addresses)
 
     def step(self, x: Tensor, table: Tensor, place: Place) -> tuple[Tensor, dict[int, Routing]]:

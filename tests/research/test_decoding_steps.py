@@ -1,6 +1,8 @@
 """The blocks' step in decoding by one call, against the modules' own forward."""
 
+import copy
 import math
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -167,3 +169,25 @@ def test_what_is_prepared_is_prepared_once_and_again_when_the_model_changes():
         torch.testing.assert_close(said, by_modules(model), atol=1e-5 * float(said.abs().max()), rtol=1e-5)
         assert (cache.prepared is first) == (name == "a value"), name
     torch.testing.assert_close(_next(other, cache, 9), by_modules(other), atol=1e-5 * float(before.abs().max()), rtol=1e-5)
+
+
+def test_a_copy_of_a_cache_has_rows_of_its_own():
+    """As a search over several continuations would make; the first cache's rows stay as they are."""
+    model = random_model(small(), seed=0).eval()
+    cache = Cache.allocate(model.config, 1, 12, dtype=torch.float32, device="cpu")
+    with torch.no_grad():
+        model(torch.arange(4)[None], cache)
+    wanted = _next(model, cache, 4)
+    rows = cache.layers[0].first.rows.clone()
+    for other in (
+        copy.deepcopy(cache),
+        pickle.loads(pickle.dumps(cache)),
+        replace(cache, layers=copy.deepcopy(cache.layers), lengths=torch.tensor([5])),
+    ):
+        for layer in other.layers:
+            layer.first.rows[:, :4].zero_()
+        assert not torch.allclose(_next(model, other, 4), wanted)
+        assert isinstance(other.prepared, decoding.Blocks)
+        assert other.prepared is not cache.prepared
+    assert torch.equal(cache.layers[0].first.rows, rows)
+    assert torch.equal(_next(model, cache, 4), wanted)
