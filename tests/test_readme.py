@@ -3,13 +3,13 @@
 import importlib
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import click
 import pytest
 import typer
+
+from tests import doors
 
 REPOSITORY = Path(__file__).parent.parent
 TEXT = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -21,7 +21,7 @@ CHEAP = {("research", "presets"), ("research", "describe"), ("research", "data")
 
 @pytest.mark.parametrize("words", [w for w in OURS if tuple(w[2:4]) in CHEAP], ids=" ".join)
 def test_a_command_of_the_readme_runs(words: list[str], tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, check=False, cwd=REPOSITORY, timeout=120)
+    done = doors.call(words[2], *words[3:], cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout) > 40
 
@@ -53,9 +53,7 @@ def test_links_and_targets_exist() -> None:
 
 
 def help_of(room: str, *command: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", room, *command, "--help"], capture_output=True, text=True, check=False, cwd=REPOSITORY, env=None, timeout=60
-    )
+    done = doors.call(room, *command, "--help", cwd=REPOSITORY)
     assert done.returncode == 0
     return done.stdout
 

@@ -1,24 +1,24 @@
 """`python -m research` as a person uses it: what it prints, its exit codes, and that the same seed gives the same text."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 
 from research.presets import PRESETS
+from tests import doors
 
 
 def call(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "research", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **environment},
-    )
+    return doors.call("research", *arguments, OMP_NUM_THREADS="1", COLUMNS="200", **environment)
+
+
+def test_the_door_itself():
+    done = subprocess.run([sys.executable, "-m", "research", "describe", "deepseek-v3"], capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "did you mean 'deepseek-v2'?" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_describe_says_what_the_paper_says():

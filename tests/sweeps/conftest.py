@@ -189,9 +189,9 @@ def _answers(port: int) -> bool:
         return client.connect_ex(("127.0.0.1", port)) == 0
 
 
-def await_(condition: Callable[[], bool], seconds: float, what: str) -> None:
+def await_(condition: Callable[[], bool], seconds: float, what: str, every: float = 0.05) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what}: not within {seconds:.0f} s")
-        time.sleep(0.05)
+        time.sleep(every)

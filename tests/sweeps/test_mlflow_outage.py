@@ -63,7 +63,7 @@ def test_a_server_that_is_killed_and_comes_back_has_everything_once(
             command = [sys.executable, "-c", IMPATIENT, "run", str(study(seeds=[0])), "--executor", "inline", "--function", STANDIN]
             driver = subprocess.Popen(command, env=sweeps.environment, stdout=file, stderr=subprocess.STDOUT)
         client = MlflowClient(server.database)
-        await_(lambda: _records(client, "0") > 0, 90, "the first records in MLflow")
+        await_(lambda: _records(client, "0") > 0, 90, "the first records in MLflow", every=1.0)
         server.kill()
         await_(lambda: "MLflow cannot be reached" in log.read_text(), 60, "the driver's noticing")
         assert driver.poll() is None

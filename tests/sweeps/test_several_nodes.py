@@ -21,7 +21,7 @@ from sweeps.failures import read_attempts
 
 pytestmark = pytest.mark.slow
 PORT = 26379
-TOKENS_PER_STEP = 4 * 32
+TOKENS_PER_STEP, STEPS = 4 * 32, 80
 NODES = """
 import sys, time, ray
 until = time.monotonic() + 120
@@ -118,7 +118,7 @@ def test_a_run_on_two_nodes_survives_the_end_of_one_with_the_numbers_of_one_node
     only = {"space": {"model.moe.device_limit": [3]}, "baseline": {"model.moe.device_limit": 3}, "seeds": [0]}
     path = study(resources={"workers_per_trial": 2}, **only)
     mapping = yaml.safe_load(path.read_text())
-    mapping["base"]["training"] |= {"train_tokens": 120 * TOKENS_PER_STEP, "checkpoint_every": 20, "validate_every": 120}
+    mapping["base"]["training"] |= {"train_tokens": STEPS * TOKENS_PER_STEP, "checkpoint_every": 20, "validate_every": STEPS}
     path.write_text(yaml.safe_dump(mapping))
     run = cluster.root / "runs" / "000-0"
     driver = cluster.run(path)
@@ -145,5 +145,5 @@ def test_a_run_on_two_nodes_survives_the_end_of_one_with_the_numbers_of_one_node
     assert numbers(run) == numbers(alone), "to the bit"
     ours, theirs = (read_traffic(folder / "traffic.jsonl") for folder in (run, alone))
     steps = [key for key in theirs if key[2] in PAYLOAD]
-    assert len(steps) >= 4 * 120
+    assert len(steps) >= 4 * STEPS
     assert all((ours[key] == theirs[key]).all() for key in steps), "and the same bytes"
