@@ -1,6 +1,7 @@
 """MLflow's pages, and Optuna's, on what studies recorded."""
 
 import importlib.util
+import os
 import signal
 import socket
 import subprocess
@@ -13,6 +14,8 @@ from sweeps import schema
 from sweeps.places import tracking_uri
 
 HOST = "127.0.0.1"
+QUIET = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+"""MLflow's server starts eight more processes, half a minute of a core's work, for judging answers of language models, which is not done here."""
 
 
 def mlflow_command(port: int) -> list[str]:
@@ -49,7 +52,7 @@ def serve(commands: list[list[str]]) -> int:
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     # In sessions of their own, so that Ctrl-C reaches them once, from here.
-    servers = [subprocess.Popen(command, start_new_session=True) for command in commands]
+    servers = [subprocess.Popen(command, start_new_session=True, env={**QUIET, **os.environ}) for command in commands]
     try:
         while not stopped and all(server.poll() is None for server in servers):
             time.sleep(0.2)

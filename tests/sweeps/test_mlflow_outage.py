@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from sweeps import schema
+from sweeps.ui import QUIET
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +35,7 @@ class Server:
         self.database = f"sqlite:///{folder / 'server.db'}"
         store = ["--backend-store-uri", self.database, "--artifacts-destination", str(folder / "artifacts")]
         self._command = [sys.executable, "-m", "mlflow", "server", *store, "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
-        self._environment = environment
+        self._environment = {**environment, **QUIET}
         self.start()
 
     def start(self) -> None:

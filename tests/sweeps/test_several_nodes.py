@@ -21,7 +21,7 @@ from sweeps.failures import read_attempts
 
 pytestmark = pytest.mark.slow
 PORT = 26379
-TOKENS_PER_STEP, STEPS = 4 * 32, 80
+TOKENS_PER_STEP, STEPS = 4 * 32, 120
 NODES = """
 import sys, time, ray
 until = time.monotonic() + 120

@@ -28,6 +28,7 @@ from sweeps.study import load_study
 from sweeps.system_metrics import Meter, sampled
 from sweeps.tracking import Tracker
 from sweeps.trial import failed_summary, write_summary
+from sweeps.ui import QUIET
 
 StudyWriter = Callable[..., Path]
 
@@ -46,7 +47,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     uri = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder / 'server.db'}"]
     command += ["--artifacts-destination", str(folder / "artifacts"), "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
+    environment = {**{k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}, **QUIET}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
     def answers() -> bool:
