@@ -91,6 +91,13 @@ def safe(text: str) -> str:
     return re.sub(r"([\\`*_\[\]|])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;"))
 
 
+def code(text: str) -> str:
+    """Text from outside as a code span, in which nothing is escaped: its fence is longer than any run of backticks within."""
+    fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    pad = " " if len(fence) > 1 else ""
+    return f"{fence}{pad}{' '.join(text.split())}{pad}{fence}"
+
+
 def plain(text: str) -> str:
     """Without the marks of Markdown."""
     return unescape(re.sub(r"<[^>]*>", "", _MARKDOWN.renderInline(text)))

@@ -7,7 +7,7 @@ from typing import Any
 from reports import caches, confounds, routing_effects, tables, verdict, words
 from reports.analysis import Analysis, has_experts
 from reports.charts import Chart
-from reports.document import Block, Bullets, Cell, Document, Heading, Notice, Picture, Table, Text, safe
+from reports.document import Block, Bullets, Cell, Document, Heading, Notice, Picture, Table, Text, code, safe
 from reports.moved import moved
 from research.schedule import batch_schedule
 from sweeps import schema
@@ -63,7 +63,7 @@ def _kicker(analysis: Analysis) -> str:
     record = analysis.record
     dates = [str(record.state[key])[:10] for key in ("started", "updated") if record.state.get(key)]
     when = f", {' to '.join(dict.fromkeys(dates))}" if dates else ""
-    return f"Study `{safe(record.name)}`, {sum(run.finished for run in record.runs)} of {len(record.runs)} runs finished{when}"
+    return f"Study {code(record.name)}, {sum(run.finished for run in record.runs)} of {len(record.runs)} runs finished{when}"
 
 
 def _facts(analysis: Analysis) -> tuple[tuple[str, str], ...]:

@@ -68,7 +68,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 def number(value: float) -> str:
     """A short form that does not lose what matters."""
-    if value and (abs(value) >= 1e6 or abs(value) < 1e-4):
+    if value and (abs(value) >= 1e9 or abs(value) < 1e-4):
         return f"{value:.3g}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 

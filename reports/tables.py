@@ -2,7 +2,7 @@
 
 from reports import confounds, words
 from reports.analysis import Analysis, Variant
-from reports.document import Cell, Table, safe
+from reports.document import Cell, Table, code, safe
 from reports.statistics import OWN_SPREAD, Effect, Estimate, estimate
 from reports.store import REPLICATE
 from reports.words import effect_words, estimate_words
@@ -226,7 +226,7 @@ def runs(analysis: Analysis) -> Table:
                 (f"{value:.5f}", value) if value is not None else "not recorded",
                 (f"{run.summary['seconds']:,.0f}", float(run.summary["seconds"])) if run.summary.get("seconds") else "not recorded",
                 str(run.summary.get("attempts", len(run.attempts) or "not recorded")),
-                f"`{safe(str(run.config_id))}`",
+                code(str(run.config_id)),
             )
         )
     head = ("run", "variant", "seed", "state", words.metric_name(analysis.metric), "seconds", "attempts", "configuration")

@@ -8,8 +8,10 @@ import math
 import numpy as np
 import planted
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from reports import statistics, verdict
+from reports import document, statistics, verdict
 from reports.analysis import analyse, to_dict
 from reports.statistics import Estimate, compare
 from reports.words import savings
@@ -174,3 +176,10 @@ def test_large_numbers_have_no_decimals():
     values = {n: {s: 1e8 * (1 + i + 0.01 * (s - i) ** 2) for s in SEEDS} for i, n in enumerate(("baseline", "a"))}
     text = " ".join(verdict.floor_sentences(study(values, metric=schema.TOKENS_PER_SECOND)))
     assert not any(a == "." and b.isdigit() for a, b in itertools.pairwise(text.replace("e+", "")))
+
+
+@given(st.text(alphabet=st.sampled_from("a_*`\\<&|[] "), min_size=1).filter(str.strip))
+def test_a_name_in_a_code_span_is_shown_as_it_is(name):
+    shown = document.inline(document.code(name))
+    assert shown.startswith("<code>")
+    assert document.plain(document.code(name)) == " ".join(name.split())
