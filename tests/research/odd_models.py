@@ -1,8 +1,11 @@
 """Models of odd sizes with decisive random weights, and Hugging Face's model with the same weights, for the tests beside this file."""
 
 import math
+import os
+import shutil
 import warnings
 
+import pytest
 import torch
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
@@ -10,6 +13,11 @@ from research.config import AttentionConfig, BalanceConfig, ModelConfig, MoEConf
 from research.model.huggingface import config_to_hf, to_hf_state_dict
 from research.model.transformer import Transformer
 
+# Where there is a compiler, kernels that do not compile are a failure and no reason to skip.
+NEEDS_COMPILER = pytest.mark.skipif(
+    os.environ.get("MOELAB_KERNELS") == "off" or not any(map(shutil.which, ("cc", "gcc", "clang"))),
+    reason="no C compiler here: the plain forms are what runs, and they have their own tests",
+)
 YARN = YarnConfig(factor=6.0, original_max_position_embeddings=32, beta_fast=4.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=0.707)
 
 

@@ -9,15 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from odd_models import YARN, random_model, small
+from odd_models import NEEDS_COMPILER, YARN, random_model, small
 
 from research.model import decoding
 from research.model.cache import Cache
 from research.model.generation import generate
-from research.model.kernels import native
 from research.presets import preset
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="no C compiler here")
+pytestmark = NEEDS_COMPILER
 
 
 def run(model, batch, new, lengths, monkeypatched):
