@@ -6,7 +6,7 @@ from research.config import AttentionConfig, BalanceConfig, ModelConfig, MoEConf
 from research.model.layers import FeedForward
 from research.model.moe import MoE
 from tests.bench.common import interleaved
-from tests.bench.training import product_seconds
+from tests.bench.training import Products, products_of
 
 SIZES = {"small": (256, 32, 4, 128), "larger": (512, 64, 6, 176)}
 """Hidden size, experts, chosen, expert width; two shared experts each."""
@@ -15,7 +15,7 @@ SIZES = {"small": (256, 32, 4, 128), "larger": (512, 64, 6, 176)}
 def measure_moe(size: str, tokens_per_expert: int, skew: float, rounds: int) -> dict[str, object]:
     """Seconds of forward and backward of both, and their ratio.  With `skew` the busiest expert gets that many times the average.
 
-    `products`: the ratio of their matrix products alone, at the rate of each shape with its operands in the cache.
+    `products`: the ratio of their matrix products alone, each shape repeated on operands in the cache.
     """
     d, experts, chosen, width = SIZES[size]
     tokens = tokens_per_expert * experts // chosen
@@ -41,29 +41,19 @@ def measure_moe(size: str, tokens_per_expert: int, skew: float, rounds: int) -> 
         (out[0] if isinstance(out, tuple) else out).sum().backward()
         module.zero_grad(set_to_none=True)
 
-    seconds = interleaved({"moe": lambda: both(layer, ids), "dense": lambda: both(dense)}, rounds)
+    forms = {"moe": lambda: both(layer, ids), "dense": lambda: both(dense)}
+    alone = {f"products of {name}": Products(products_of(form)) for name, form in forms.items()}
+    seconds = interleaved(forms | alone, rounds)
     load = torch.bincount(layer(x, ids)[1].expert_ids_MK.flatten(), minlength=experts)
-    routed = sum(count * _products(int(n), d, width, 2) for n, count in zip(*torch.unique(load, return_counts=True), strict=True) if n)
-    beside = _products(tokens, d, 2 * width) + sum(product_seconds(*shape) for shape in _with_gradients(tokens, experts, d))
     return {
         "size": size,
         "tokens_per_expert": tokens_per_expert,
         "busiest_over_average": float(load.max() / load.float().mean()),
         "seconds": seconds,
         "times": seconds["moe"] / seconds["dense"],
-        "products": (float(routed) + beside) / _products(tokens, d, (chosen + 2) * width),
+        "products": seconds["products of moe"] / seconds["products of dense"],
+        "gflops": {name: products.flops / 1e9 for name, products in alone.items()},
     }
-
-
-def _with_gradients(m: int, n: int, k: int) -> list[tuple[str, str, int, int, int]]:
-    """A product of x (m, k) and W (n, k), and those of both gradients."""
-    return [("N", "T", m, n, k), ("N", "N", m, k, n), ("T", "N", n, k, m)]
-
-
-def _products(rows: int, d: int, width: int, joined: int = 1) -> float:
-    """Seconds of a SwiGLU FFN's products; gate and up are one product (`joined` 2), as in an expert, or two."""
-    shapes = _with_gradients(rows, joined * width, d) * (2 // joined) + _with_gradients(rows, d, width)
-    return sum(product_seconds(*shape) for shape in shapes)
 
 
 def _skew(layer: MoE, x: torch.Tensor, skew: float, average: float) -> None:

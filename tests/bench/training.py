@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +22,7 @@ from research.model.kernels import native
 from research.model.loss import chunked_language_loss
 from research.model.transformer import Transformer
 from research.presets import preset
-from tests.bench.common import interleaved, pin, reference, spread_out
+from tests.bench.common import Seconds, interleaved, pin, reference, spread_out
 
 RATE, WARM_UP = 2.4e-4, 2000
 """The published rate and warm-up (V2 section 3.1.2): with a larger one, Adam's first steps are signs of rounding where a gradient is nothing else."""
@@ -97,10 +98,11 @@ def measure_step(name: str, batch: int, length: int, rounds: int) -> dict[str, o
     steps = {"moelab": Ours(model)} | {f"transformers {kind}": Theirs(reference(model, kind).train()) for kind in ("grouped_mm", "eager")}
     losses = {name: [step(ids, rate=RATE * i / WARM_UP) for i, ids in enumerate(batches, 1)] for name, step in steps.items()}
     apart = max(abs(a - b) / b for name in losses for a, b in zip(losses["moelab"], losses[name], strict=True))
-    seconds = interleaved({name: lambda step=step: step(batches[0]) for name, step in steps.items()}, rounds)
-    products = products_of(lambda: steps["moelab"](batches[0]))
-    ceiling, flops = ceiling_seconds(products)
-    tokens = batch * length
+    products = Products(products_of(lambda: steps["moelab"](batches[0])))
+    forms = {"moelab": lambda: steps["moelab"](batches[0]), "products": products}
+    forms |= {name: lambda step=step: step(batches[0]) for name, step in steps.items() if name != "moelab"}
+    seconds = interleaved(forms, rounds)
+    ceiling, tokens = seconds.pop("products"), batch * length
     mine = seconds["moelab"]
     return {
         "model": name,
@@ -111,7 +113,7 @@ def measure_step(name: str, batch: int, length: int, rounds: int) -> dict[str, o
         "times": {name: taken / mine for name, taken in seconds.items() if name != "moelab"},
         "first_losses_apart": apart,
         "products_seconds": ceiling,
-        "products_gflops": flops / 1e9,
+        "products_gflops": products.flops / 1e9,
         "share_of_ceiling": ceiling / mine,
         "published_gflops": train_flops_per_token(config, length) * tokens / 1e9,
         "rest": where_the_rest_goes(lambda: steps["moelab"](batches[0])),
@@ -160,27 +162,52 @@ def products_of(step) -> Counter[Product]:
     return found
 
 
-def ceiling_seconds(products: Counter[Product]) -> tuple[float, float]:
-    """Seconds that the same products take alone, each shape repeated in C on operands that lie in the cache, and their FLOPs."""
-    total, flops = 0.0, 0.0
-    for (ta, tb, m, n, k), count in products.items():
-        total += count * product_seconds(ta, tb, m, n, k)
-        flops += 2.0 * count * m * n * k
-    return total, flops
+class Products:
+    """The same products alone, as often, each shape repeated in C on operands that lie in the cache: seconds that they take."""
+
+    def __init__(self, found: Mapping[Product, int]) -> None:
+        self.products = [(_Repeated(*shape), count) for shape, count in found.items()]
+        self.flops = sum(2.0 * count * product.m * product.n * product.k for product, count in self.products)
+
+    def __call__(self) -> Seconds:
+        total = 0.0
+        for product, count in self.products:
+            product(1)
+            began = time.perf_counter()
+            product(count)
+            total += time.perf_counter() - began
+        return Seconds(total)
+
+
+@dataclass
+class _Repeated:
+    """C (m, n) = op(A) op(B) on operands of its own."""
+
+    ta: str
+    tb: str
+    m: int
+    n: int
+    k: int
+
+    def __post_init__(self) -> None:
+        self.operands = torch.randn(self.m * self.k), torch.randn(self.k * self.n), torch.empty(self.m * self.n)
+
+    def __call__(self, times: int) -> None:
+        library = native.library()
+        assert library is not None, "the ceiling is measured through the compiled kernels"
+        m, n, k = self.m, self.n, self.k
+        a, b, c = (operand.data_ptr() for operand in self.operands)
+        lda, ldb = (k if self.ta == "N" else m), (n if self.tb == "N" else k)
+        library.repeat_product(self.ta.encode(), self.tb.encode(), m, n, k, a, lda, b, ldb, c, n, times)
 
 
 def product_seconds(ta: str, tb: str, m: int, n: int, k: int) -> float:
     """The best of several repetitions of C (m, n) = op(A) op(B)."""
-    library = native.library()
-    assert library is not None, "the ceiling is measured through the compiled kernels"
-    a, b, c = torch.randn(m * k), torch.randn(k * n), torch.empty(m * n)
-    lda, ldb = (k if ta == "N" else m), (n if tb == "N" else k)
-    places = (a.data_ptr(), lda, b.data_ptr(), ldb, c.data_ptr(), n)
-    times = max(1, int(2e8 / (2 * m * n * k + 1)))
+    product, times = _Repeated(ta, tb, m, n, k), max(1, int(2e8 / (2 * m * n * k + 1)))
     best = float("inf")
     for _ in range(4):
         began = time.perf_counter()
-        library.repeat_product(ta.encode(), tb.encode(), m, n, k, *places, times)
+        product(times)
         best = min(best, (time.perf_counter() - began) / times)
     return best
 

@@ -157,7 +157,7 @@ void latent_decode(const float *query, const float *table, i64 table_batch, cons
         }
         for (i64 t = 0; t < T; t++)
             for (i64 h = 0; h < H; h++)
-                pack(q, 0, q + (t * H + h) * (N + R) + N, 0, table + b * table_batch + t * R, scale, qr + (t * H + h) * R, 1, 0, R);
+                pack(q, 0, q + (t * H + h) * (N + R) + N, 0, table + b * table_batch + t * R, 0, scale, qr + (t * H + h) * R, R, 1, 0, R);
         i64 end = 0, masked = S;
         for (i64 t = 0; t < T; t++) {
             end = position[b * T + t] + 1 > end ? position[b * T + t] + 1 : end;
@@ -243,7 +243,7 @@ static void latent_step(const Latent *s, const Tokens *t, float *x)
         i64 b = m / t->T, row = t->position[m];
         const float *turn = t->table + b * t->table_batch + m % t->T * s->R;
         rms_norm(kv + m * W, W, s->kv_norm, s->kv_eps, s->latent + b * s->latent_batch + row * s->latent_row, inverse, 1, s->C);
-        pack(0, 0, kv + m * W + s->C, 0, turn, 1.0f, s->rope + b * s->rope_batch + row * s->rope_row, 1, 0, s->R);
+        pack(0, 0, kv + m * W + s->C, 0, turn, 0, 1.0f, s->rope + b * s->rope_batch + row * s->rope_row, s->R, 1, 0, s->R);
     }
     latent_decode(query, t->table, t->table_batch, s->latent, s->latent_batch, s->latent_row, s->rope, s->rope_batch, s->rope_row, t->position, s->kv_b, out,
                   rest, t->last, s->scale, t->S, t->B, t->T, s->H, s->N, s->R, s->V, s->C, t->chunk);

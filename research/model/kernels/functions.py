@@ -9,8 +9,8 @@ from torch.autograd.function import once_differentiable
 
 from research.model.kernels.native import loaded
 
-QUERIES = 64
-"""Queries that attend at a time: their scores against all keys are what is held at once."""
+SCORED = int(__import__("os").environ.get("SC", 256))
+"""Queries, heads that share their keys counted each, that attend at a time: their scores against all keys are what is held at once."""
 ROWS = 256
 """Assignments of one expert that are taken at a time."""
 
@@ -328,21 +328,33 @@ def _shape(query: Tensor, keys: Tensor, table: Tensor, first: Tensor | None, bef
     batch, length = query.shape[:2]
     return _Shape(
         batch, sizes.heads, sizes.groups, length, sizes.nope, sizes.rope, sizes.value, scale, table.data_ptr(), per_batch(table, query), turn_keys,
-        pointer(first), min(QUERIES, length), keys.shape[1], pointer(before),
+        pointer(first), min(max(1, min(64, SCORED * sizes.groups // sizes.heads)), length), keys.shape[1], pointer(before),
     )  # fmt: skip
+
+
+def _scored(shape: _Shape) -> int:
+    """Rows of scores at a time."""
+    rows: int = shape.block * (shape.H // shape.groups)
+    return rows
+
+
+def _apart(keys: int) -> int:
+    """Floats from one row of scores to the next: an odd multiple of 16."""
+    return (-(-keys // 16) | 1) * 16
 
 
 def _attend(shape: _Shape, operands: tuple[Any, ...], like: Tensor) -> Tensor:
     lse = like.new_empty(shape.B, shape.H, shape.T)
-    width = shape.N + shape.R
-    scratch = like.new_empty(shape.T * width + shape.S * (width + shape.block))
+    rows, width = _scored(shape), shape.N + shape.R
+    scratch = like.new_empty(rows * (_apart(shape.S) + width + shape.V + 1) + shape.S * width)
     loaded().attention_forward(ctypes.byref(shape), *operands, pointer(lse), pointer(scratch))
     return lse
 
 
 def _attend_backward(shape: _Shape, operands: tuple[Any, ...], lse: Tensor, gradient: Any, grads: tuple[Any, ...], like: Tensor) -> None:
     assert shape.S == shape.T
-    scratch = like.new_empty(shape.T * (4 * (shape.N + shape.R) + shape.V + 2 * shape.block))
+    rows, width = _scored(shape), shape.N + shape.R
+    scratch = like.new_empty(rows * (2 * _apart(shape.S) + 2 * width + shape.V + 1) + shape.T * (2 * width + shape.V))
     loaded().attention_backward(ctypes.byref(shape), *operands, pointer(lse), gradient, *grads, pointer(scratch))
 
 

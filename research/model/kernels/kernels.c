@@ -191,6 +191,29 @@ static void scatter_add(const float *restrict from, const i64 *restrict slot, i6
     }
 }
 
+/* Functions of their own for the sake of `restrict`: inside the loops over experts and rows the compiler gives up on it, and makes no vectors. */
+#define APART static __attribute__((noinline))
+
+APART void gated(const float *restrict gate, const float *restrict up, float weight, float *restrict out, i64 n)
+{
+    for (i64 j = 0; j < n; j++) out[j] = gate[j] * sigmoid(gate[j]) * up[j] * weight;
+}
+
+/* Of g, the gradient of `out`: those of gate and up, and (returned) of the weight; `out` anew. */
+APART float gated_backward(const float *restrict g, const float *restrict gate, const float *restrict up, float weight, float *restrict out,
+                           float *restrict dgate, float *restrict dup, i64 n)
+{
+    float dweight = 0.0f;
+    for (i64 j = 0; j < n; j++) {
+        float s = sigmoid(gate[j]), silu = gate[j] * s, value = silu * up[j], back = g[j] * weight;
+        dweight += g[j] * value;
+        out[j] = value * weight;
+        dup[j] = back * silu;
+        dgate[j] = back * up[j] * (s + silu * (1.0f - s));
+    }
+    return dweight;
+}
+
 /* out (M, D) += gate * down_e(silu(gate_e x) * up_e x) over the slots; hidden (A, 2F) is kept for the way back.
    The gate is applied where the path is narrowest.  scratch: R (2 D + F) floats; an expert's slots are taken R, `at_a_time`, at a time. */
 void experts_forward(const float *x, const float *gates, const i64 *slot, const i64 *ends, const float *gate_up, const float *down, float *hidden,
@@ -204,11 +227,7 @@ void experts_forward(const float *x, const float *gates, const i64 *slot, const 
             float *h = hidden + begin * 2 * f;
             gather(x, slot + begin, chosen, n, d, rows);
             product(n, 2 * f, d, rows, gate_up + e * 2 * f * d, h);
-            for (i64 r = 0; r < n; r++) {
-                const float *restrict g = h + r * 2 * f, *restrict u = g + f;
-                float *restrict a = active + r * f, weight = gates[slot[begin + r]];
-                for (i64 j = 0; j < f; j++) a[j] = g[j] * sigmoid(g[j]) * u[j] * weight;
-            }
+            for (i64 r = 0; r < n; r++) gated(h + r * 2 * f, h + r * 2 * f + f, gates[slot[begin + r]], active + r * f, f);
             product(n, d, f, active, down + e * d * f, result);
             scatter_add(result, slot + begin, chosen, n, d, out);
         }
@@ -237,17 +256,10 @@ void experts_backward(const float *dout, const float *x, const float *gates, con
             gather(x, slot + begin, chosen, n, d, rows);
             gemm('N', 'N', n, f, d, 1.0f, grad, d, w_out, f, 0.0f, dactive, f);
             for (i64 r = 0; r < n; r++) {
-                const float *restrict g = hidden + (begin + r) * 2 * f, *restrict u = g + f, *restrict da = dactive + r * f;
-                float *restrict a = active + r * f, *restrict dg = dhidden + r * 2 * f, *restrict du = dg + f;
-                float weight = gates[slot[begin + r]], dweight = 0.0f;
-                for (i64 j = 0; j < f; j++) {
-                    float s = sigmoid(g[j]), silu = g[j] * s, value = silu * u[j], back = da[j] * weight;
-                    dweight += da[j] * value;
-                    a[j] = value * weight;
-                    du[j] = back * silu;
-                    dg[j] = back * u[j] * (s + silu * (1.0f - s));
-                }
-                dgates[slot[begin + r]] = dweight;
+                const float *h = hidden + (begin + r) * 2 * f;
+                float *dh = dhidden + r * 2 * f;
+                i64 place = slot[begin + r];
+                dgates[place] = gated_backward(dactive + r * f, h, h + f, gates[place], active + r * f, dh, dh + f, f);
             }
             gemm('T', 'N', d, f, n, 1.0f, grad, d, active, f, beta, dw_out, f);
             gemm('T', 'N', 2 * f, d, n, 1.0f, dhidden, 2 * f, rows, d, beta, dw_in, d);
@@ -257,161 +269,4 @@ void experts_backward(const float *dout, const float *x, const float *gates, con
             beta = 1.0f;
         }
     }
-}
-
-/* ---- Causal attention with rotary parts ---- */
-
-/* Where one operand lies: position t of sequence b and head h begins at data + b * batch + t * row + h * head. */
-typedef struct { float *data; i64 batch, row, head; } Operand;
-
-typedef struct {
-    i64 B, H, groups, T, N, R, V;
-    float scale;
-    const float *table; i64 table_batch; /* cosine and sine of each pair, (T, R); whether keys are turned too is `turn_keys` */
-    i64 turn_keys;
-    const int32_t *first; /* (B, T) first position that each may see (never decreasing), or NULL for 0 */
-    i64 block;            /* queries at a time */
-    i64 S;                /* keys; T where nothing came before */
-    const i64 *before;    /* (B) keys before the first query, or NULL for 0: query t sees keys up to before + t */
-} Shape;
-
-void pack(const float *nope, i64 nope_row, const float *rope, i64 rope_row, const float *table, float scale, float *to, i64 T, i64 N, i64 R)
-{
-    for (i64 t = 0; t < T; t++) {
-        float *restrict out = to + t * (N + R);
-        const float *restrict a = nope + t * nope_row, *restrict b = rope + t * rope_row;
-        for (i64 j = 0; j < N; j++) out[j] = a[j] * scale;
-        out += N;
-        if (!table) {
-            for (i64 j = 0; j < R; j++) out[j] = b[j] * scale;
-            continue;
-        }
-        const float *restrict turn = table + t * R;
-        for (i64 j = 0; j < R; j += 2) {
-            out[j] = (b[j] * turn[j] - b[j + 1] * turn[j + 1]) * scale;
-            out[j + 1] = (b[j] * turn[j + 1] + b[j + 1] * turn[j]) * scale;
-        }
-    }
-}
-
-/* The way back of `pack`: written where the gradients lie, or added to a rotary part that heads share. */
-static void unpack(const float *from, const float *table, float scale, float *nope, i64 nope_row, float *rope, i64 rope_row, int shared, i64 T, i64 N, i64 R)
-{
-    for (i64 t = 0; t < T; t++) {
-        const float *restrict in = from + t * (N + R);
-        float *restrict a = nope + t * nope_row, *restrict b = rope + t * rope_row;
-        for (i64 j = 0; j < N; j++) a[j] = in[j] * scale;
-        in += N;
-        const float *restrict turn = table + (table ? t * R : 0);
-        for (i64 j = 0; j < R; j += 2) {
-            float first = in[j] * scale, second = in[j + 1] * scale;
-            float re = table ? first * turn[j] + second * turn[j + 1] : first, im = table ? second * turn[j] - first * turn[j + 1] : second;
-            b[j] = shared ? b[j] + re : re;
-            b[j + 1] = shared ? b[j + 1] + im : im;
-        }
-    }
-}
-
-static float *at(Operand o, i64 b, i64 h) { return o.data + b * o.batch + h * o.head; }
-
-/* out (B, T, H, V) and lse (B, H, T) of softmax(scale q k^T) v.  scratch: T (N + R) + S (N + R + block) floats.
-   Keys are turned by the queries' table, so `turn_keys` goes with S = T.
-   A block of queries takes all its keys at once: no running maximum, and one product of good size each. */
-void attention_forward(const Shape *s, const Operand *qn, const Operand *qr, const Operand *kn, const Operand *kr, const Operand *v, const Operand *out,
-                       float *lse, float *scratch)
-{
-    i64 T = s->T, S = s->S, d = s->N + s->R;
-    float *q = scratch, *k = q + T * d, *p = k + S * d;
-    for (i64 b = 0; b < s->B; b++) {
-        const float *table = s->table + b * s->table_batch;
-        const int32_t *first = s->first ? s->first + b * T : 0;
-        i64 before = s->before ? s->before[b] : 0;
-        for (i64 h = 0; h < s->H; h++) {
-            i64 g = h / (s->H / s->groups);
-            if (h % (s->H / s->groups) == 0)
-                pack(at(*kn, b, g), kn->row, at(*kr, b, g), kr->row, s->turn_keys ? table : 0, 1.0f, k, S, s->N, s->R);
-            pack(at(*qn, b, h), qn->row, at(*qr, b, h), qr->row, table, s->scale, q, T, s->N, s->R);
-            for (i64 q0 = 0; q0 < T; q0 += s->block) {
-                i64 q1 = q0 + s->block < T ? q0 + s->block : T, lo = first ? first[q0] : 0, w = (q1 + before < S ? q1 + before : S) - lo;
-                gemm('N', 'T', q1 - q0, w, d, 1.0f, q + q0 * d, d, k + lo * d, d, 0.0f, p, w);
-                float *o = at(*out, b, h) + q0 * out->row;
-                float sums[256];
-                for (i64 i = q0; i < q1; i++) {
-                    float *restrict row = p + (i - q0) * w, sum = 0.0f;
-                    i64 from = (first ? first[i] : 0) - lo, to = (i + before < S ? i + before + 1 : S) - lo; /* beyond S only padding asks */
-                    float most = largest(row + from, to - from);
-                    for (i64 j = from; j < to; j++) {
-                        row[j] = exponential(row[j] - most);
-                        sum += row[j];
-                    }
-                    for (i64 j = 0; j < from; j++) row[j] = 0.0f;
-                    for (i64 j = to; j < w; j++) row[j] = 0.0f;
-                    sums[i - q0] = 1.0f / sum;
-                    lse[(b * s->H + h) * T + i] = most + logf(sum);
-                }
-                gemm('N', 'N', q1 - q0, s->V, w, 1.0f, p, w, at(*v, b, g) + lo * v->row, v->row, 0.0f, o, out->row);
-                for (i64 i = 0; i < q1 - q0; i++)
-                    for (i64 j = 0; j < s->V; j++) o[i * out->row + j] *= sums[i];
-            }
-        }
-    }
-}
-
-/* Writes the gradients of all five operands.  scratch: T (4 (N + R) + V + 2 block) floats. */
-void attention_backward(const Shape *s, const Operand *qn, const Operand *qr, const Operand *kn, const Operand *kr, const Operand *v, const Operand *out,
-                        const float *lse, const Operand *dout, const Operand *dqn, const Operand *dqr, const Operand *dkn, const Operand *dkr,
-                        const Operand *dv, float *scratch)
-{
-    i64 T = s->T, d = s->N + s->R, V = s->V;
-    float *q = scratch, *k = q + T * d, *dq = k + T * d, *dk = dq + T * d, *dvalue = dk + T * d, *p = dvalue + T * V, *ds = p + T * s->block;
-    for (i64 b = 0; b < s->B; b++) {
-        const float *table = s->table + b * s->table_batch;
-        const int32_t *first = s->first ? s->first + b * T : 0;
-        for (i64 h = 0; h < s->H; h++) {
-            i64 per_group = s->H / s->groups, g = h / per_group;
-            if (h % per_group == 0) {
-                pack(at(*kn, b, g), kn->row, at(*kr, b, g), kr->row, s->turn_keys ? table : 0, 1.0f, k, T, s->N, s->R);
-                memset(dk, 0, T * (d + V) * sizeof(float));
-            }
-            pack(at(*qn, b, h), qn->row, at(*qr, b, h), qr->row, table, s->scale, q, T, s->N, s->R);
-            for (i64 q0 = 0; q0 < T; q0 += s->block) {
-                i64 q1 = q0 + s->block < T ? q0 + s->block : T, lo = first ? first[q0] : 0, w = q1 - lo;
-                const float *o = at(*out, b, h) + q0 * out->row, *go = at(*dout, b, h) + q0 * dout->row, *value = at(*v, b, g) + lo * v->row;
-                gemm('N', 'T', q1 - q0, w, d, 1.0f, q + q0 * d, d, k + lo * d, d, 0.0f, p, w);
-                gemm('N', 'T', q1 - q0, w, V, 1.0f, go, dout->row, value, v->row, 0.0f, ds, w);
-                for (i64 i = q0; i < q1; i++) {
-                    float *restrict row = p + (i - q0) * w, *restrict back = ds + (i - q0) * w;
-                    const float *oi = o + (i - q0) * out->row, *goi = go + (i - q0) * dout->row;
-                    float log_sum = lse[(b * s->H + h) * T + i], delta = 0.0f;
-                    i64 from = (first ? first[i] : 0) - lo, to = i - lo + 1;
-                    for (i64 j = 0; j < V; j++) delta += oi[j] * goi[j];
-                    for (i64 j = from; j < to; j++) {
-                        row[j] = exponential(row[j] - log_sum);
-                        back[j] = row[j] * (back[j] - delta);
-                    }
-                    for (i64 j = 0; j < from; j++) row[j] = back[j] = 0.0f;
-                    for (i64 j = to; j < w; j++) row[j] = back[j] = 0.0f;
-                }
-                gemm('T', 'N', w, V, q1 - q0, 1.0f, p, w, go, dout->row, 1.0f, dvalue + lo * V, V);
-                gemm('N', 'N', q1 - q0, d, w, 1.0f, ds, w, k + lo * d, d, 0.0f, dq + q0 * d, d);
-                gemm('T', 'N', w, d, q1 - q0, 1.0f, ds, w, q + q0 * d, d, 1.0f, dk + lo * d, d);
-            }
-            unpack(dq, table, s->scale, at(*dqn, b, h), dqn->row, at(*dqr, b, h), dqr->row, 0, T, s->N, s->R);
-            if (h % per_group == per_group - 1) {
-                unpack(dk, s->turn_keys ? table : 0, 1.0f, at(*dkn, b, g), dkn->row, at(*dkr, b, g), dkr->row, dkr->head == 0 && g > 0, T, s->N, s->R);
-                float *to = at(*dv, b, g);
-                for (i64 t = 0; t < T; t++)
-                    memcpy(to + t * dv->row, dvalue + t * V, V * sizeof(float));
-            }
-        }
-    }
-}
-
-/* ---- Absorbed attention ---- */
-
-/* C_h = op(A_h) op(B_h) for every head: operands begin a head's width apart. */
-void heads_product(char ta, char tb, i64 heads, i64 m, i64 n, i64 k, const float *a, i64 lda, i64 a_head, const float *b, i64 ldb, i64 b_head, float *c,
-                   i64 ldc, i64 c_head)
-{
-    for (i64 h = 0; h < heads; h++) gemm(ta, tb, m, n, k, 1.0f, a + h * a_head, lda, b + h * b_head, ldb, 0.0f, c + h * c_head, ldc);
 }

@@ -6,11 +6,10 @@
 
 typedef int64_t i64;
 
-/* e^x to 1 ulp or so, in a form that vectorises: e^x = 2^n e^r with |r| <= ln(2) / 2. */
-static inline float exponential(float x)
+/* e^x of x up to 88 to 1 ulp or so, in a form that vectorises: e^x = 2^n e^r with |r| <= ln(2) / 2. */
+static inline float exponential_below(float x)
 {
     x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
     float n = rintf(x * 1.44269504f);
     float r = x - n * 0.693359375f + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
@@ -23,6 +22,8 @@ static inline float exponential(float x)
     union { int32_t i; float f; } power = {.i = ((int32_t)n + 127) << 23};
     return p * power.f;
 }
+
+static inline float exponential(float x) { return exponential_below(x > 88.0f ? 88.0f : x); }
 
 static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
@@ -45,5 +46,8 @@ void choose_experts(const float *scores, i64 *ids, i64 tokens, i64 experts, i64 
 i64 sort_by_expert(const i64 *restrict ids, const uint8_t *restrict kept, i64 *restrict slot, i64 *restrict ends, i64 assignments, i64 experts);
 void experts_forward(const float *x, const float *gates, const i64 *slot, const i64 *ends, const float *gate_up, const float *down, float *hidden,
                      float *out, float *scratch, i64 chosen, i64 experts, i64 d, i64 f, i64 at_a_time);
-void pack(const float *nope, i64 nope_row, const float *rope, i64 rope_row, const float *table, float scale, float *to, i64 T, i64 N, i64 R);
 void gemm(char ta, char tb, int m, int n, int k, float alpha, const float *a, int lda, const float *b, int ldb, float beta, float *c, int ldc);
+
+/* attention.c */
+void pack(const float *nope, i64 nope_row, const float *rope, i64 rope_row, const float *table, i64 table_row, float scale, float *to, i64 to_row, i64 rows,
+          i64 N, i64 R);
