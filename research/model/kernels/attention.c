@@ -18,11 +18,20 @@ typedef struct {
 
 /* Scores are taken in whole vectors.  Their rows begin on a boundary of a cache line, an odd number of lines apart: columns of rows that
    lie a power of two apart would fall on the same few sets of the cache. */
-enum { WHOLE = 16 };
+enum { WHOLE = 16, AHEAD = 16 };
 
 static i64 whole(i64 n) { return (n + WHOLE - 1) / WHOLE * WHOLE; }
 
 static i64 apart(i64 n) { return ((n + WHOLE - 1) / WHOLE | 1) * WHOLE; }
+
+/* One vector of pairs, of a number that the compiler knows. */
+static inline void turned(const float *restrict x, const float *restrict turn, float scale, float *restrict to)
+{
+    for (int j = 0; j < WHOLE; j += 2) {
+        to[j] = (x[j] * turn[j] - x[j + 1] * turn[j + 1]) * scale;
+        to[j + 1] = (x[j] * turn[j + 1] + x[j + 1] * turn[j]) * scale;
+    }
+}
 
 /* to (rows, N + R), `to_row` floats from row to row = scale times both parts, the rotary one turned where there is a table, which has a row
    for all or, with `table_row` R, one for each. */
@@ -32,6 +41,7 @@ void pack(const float *nope, i64 nope_row, const float *rope, i64 rope_row, cons
     for (i64 t = 0; t < rows; t++) {
         float *restrict out = to + t * to_row;
         const float *restrict a = nope + t * nope_row, *restrict b = rope + t * rope_row;
+        __builtin_prefetch(b + AHEAD * rope_row); /* parts of rows, every so many lines: the processor does not guess them */
         for (i64 j = 0; j < N; j++) out[j] = a[j] * scale;
         out += N;
         if (!table) {
@@ -39,7 +49,9 @@ void pack(const float *nope, i64 nope_row, const float *rope, i64 rope_row, cons
             continue;
         }
         const float *restrict turn = table + t * table_row;
-        for (i64 j = 0; j < R; j += 2) {
+        i64 j = 0;
+        for (; j + WHOLE <= R; j += WHOLE) turned(b + j, turn + j, scale, out + j);
+        for (; j < R; j += 2) {
             out[j] = (b[j] * turn[j] - b[j + 1] * turn[j + 1]) * scale;
             out[j + 1] = (b[j] * turn[j + 1] + b[j + 1] * turn[j]) * scale;
         }
@@ -76,20 +88,27 @@ static void pack_queries(const Shape *s, const Operand *qn, const Operand *qr, c
              q + i * G * d, d, G, s->N, s->R);
 }
 
-/* Scores outside from .. to are -infinity as far as whole vectors reach; begin and end of what these cover. */
-static float *visible(float *row, i64 from, i64 to, i64 *count)
+/* Of a row of w scores, from .. to can be seen: `most` is the largest of them, and all others are -infinity as far as whole vectors reach,
+   which is `count` from the first one, returned, on. */
+static inline float *visible(float *row, i64 from, i64 to, i64 *count)
 {
-    i64 begin = from / WHOLE * WHOLE, end = whole(to);
-    for (i64 j = begin; j < from; j++) row[j] = -INFINITY;
-    for (i64 j = to; j < end; j++) row[j] = -INFINITY;
-    *count = end - begin;
-    return row + begin;
+    float *first = row + from / WHOLE * WHOLE, *last = row + (to - 1) / WHOLE * WHOLE;
+    i64 before = row + from - first, after = row + to - last;
+    for (i64 j = 0; j < WHOLE; j++) first[j] = j < before ? -INFINITY : first[j];
+    for (i64 j = 0; j < WHOLE; j++) last[j] = j < after ? last[j] : -INFINITY;
+    *count = last + WHOLE - first;
+    return first;
 }
 
-static void clear(float *row, i64 from, i64 to, i64 w)
+/* Those that cannot be seen are 0. */
+static inline void clear(float *row, i64 from, i64 to, i64 w)
 {
-    for (i64 j = 0; j < from; j++) row[j] = 0.0f;
-    for (i64 j = to; j < w; j++) row[j] = 0.0f;
+    float *first = row + from / WHOLE * WHOLE, *last = row + (to - 1) / WHOLE * WHOLE;
+    i64 before = row + from - first, after = row + to - last;
+    for (i64 j = 0; j < WHOLE; j++) first[j] = j < before ? 0.0f : first[j];
+    for (i64 j = 0; j < WHOLE; j++) last[j] = j < after ? last[j] : 0.0f;
+    for (float *x = row; x < first; x++) *x = 0.0f;
+    for (float *x = last + WHOLE; x < row + w; x++) *x = 0.0f;
 }
 
 /* out (B, T, H, V) and lse (B, H, T) of softmax(scale q k^T) v.  With G = H / groups and S as far apart as rows of S scores are, scratch:
