@@ -1,5 +1,7 @@
 """A whole MoE layer over a dense FFN of the same activated FLOPs, balanced and skewed; the plain form and transformers' beside it."""
 
+from collections import Counter
+
 import torch
 
 from research.config import AttentionConfig, BalanceConfig, ModelConfig, MoEConfig
@@ -42,7 +44,7 @@ def measure_moe(size: str, tokens_per_expert: int, skew: float, rounds: int) -> 
         module.zero_grad(set_to_none=True)
 
     forms = {"moe": lambda: both(layer, ids), "dense": lambda: both(dense)}
-    alone = {f"products of {name}": Products(products_of(form)) for name, form in forms.items()}
+    alone = {f"products of {name}": Products(sum(products_of(form).values(), Counter())) for name, form in forms.items()}
     seconds = interleaved(forms | alone, rounds)
     load = torch.bincount(layer(x, ids)[1].expert_ids_MK.flatten(), minlength=experts)
     return {

@@ -51,17 +51,23 @@ def _training(found: dict[str, Any]) -> list[str]:
     ]
     rows = []
     for step in found["training"]:
-        shape = f"{step['model'].removeprefix('deepseek-v2-')} {step['batch']} x {step['length']}"
         times = [_against(step["times"][name], target) for name, target in TRAINING.items()]
         useful = step["published_gflops"] / step["seconds"]["moelab"] / found["peak_gflops"]
         rows.append(
-            (shape, f"{step['tokens_per_second']['moelab']:,.0f}", *times, _against(step["share_of_ceiling"], 0.7), f"{useful:.2f}",
+            (_shape(step), f"{step['tokens_per_second']['moelab']:,.0f}", *times, _against(step["share_of_ceiling"], 0.7), f"{useful:.2f}",
              f"{step['first_losses_apart']:.0e}")
         )  # fmt: skip
     lines += _table(
         ("model", "tokens/s", "times grouped_mm", "times eager", "share of ceiling", "useful share of peak", "first ten losses apart (relative)"),
         rows,
     )
+    lines += _places(found["training"])
+    lines += [
+        "A step of nothing but its products at their ceiling would be "
+        + "; ".join(" and ".join(f"{step['times'][name] / step['share_of_ceiling']:.2f}" for name in TRAINING) for step in found["training"])
+        + " times as fast as grouped_mm and eager: what no step with these products exceeds.",
+        "",
+    ]
     lines += [
         "A step that did its products at the core's peak and nothing else would take "
         + "; ".join(f"{s['products_gflops'] / found['peak_gflops']:.2f} s of {s['seconds']['moelab']:.2f} s" for s in found["training"])
@@ -73,9 +79,30 @@ def _training(found: dict[str, Any]) -> list[str]:
         "",
     ]
     names = list(dict.fromkeys(name for step in found["training"] for name in step["rest"]))[:14]
-    heads = tuple(f"{s['model'].removeprefix('deepseek-v2-')} {s['batch']} x {s['length']}" for s in found["training"])
+    heads = tuple(map(_shape, found["training"]))
     cells = [(name, *(f"{100 * s['rest'][name]:.1f} %" if name in s["rest"] else "" for s in found["training"])) for name in names]
     return [*lines, *_table(("operation", *heads), cells)]
+
+
+def _places(steps: list[dict[str, Any]]) -> list[str]:
+    """Where a step's time lies, in five parts: its products at their ceiling, what these take longer in place, and everything else."""
+    rows = []
+    for step in steps:
+        rest, alone = step["rest"], step["products_share"]
+        torch_s = sum(share for name, share in rest.items() if name in ("aten::mm", "aten::addmm_", "aten::bmm"))
+        kernels = sum(share for name, share in rest.items() if name.startswith("_") and ("Attention" in name or "Experts" in name))
+        parts = (alone["torch"], torch_s - alone["torch"], alone["kernels"], kernels - alone["kernels"], 1 - torch_s - kernels)
+        rows.append((_shape(step), *(f"{100 * part:.0f} %" for part in parts)))
+    head = ("model", "torch's products alone", "longer in place", "the kernels' products alone", "these kernels beside them", "all other operations")
+    return [
+        "What a step is made of: products at their ceiling, and what takes the rest (of two measurements: profiled and alone).",
+        "",
+        *_table(head, rows),
+    ]
+
+
+def _shape(step: dict[str, Any]) -> str:
+    return f"{step['model'].removeprefix('deepseek-v2-')} {step['batch']} x {step['length']}"
 
 
 def _moe(found: dict[str, Any]) -> list[str]:

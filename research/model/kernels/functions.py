@@ -9,8 +9,9 @@ from torch.autograd.function import once_differentiable
 
 from research.model.kernels.native import loaded
 
-SCORED = int(__import__("os").environ.get("SC", 256))
-"""Queries, heads that share their keys counted each, that attend at a time: their scores against all keys are what is held at once."""
+QUERIES, SCORES = 64, 2**20
+"""Queries that attend at a time, of all heads that share their keys, and how many scores these make: what is held at once.
+A product of fewer rows than QUERIES is a slow one, however many keys there are."""
 ROWS = 256
 """Assignments of one expert that are taken at a time."""
 
@@ -328,8 +329,14 @@ def _shape(query: Tensor, keys: Tensor, table: Tensor, first: Tensor | None, bef
     batch, length = query.shape[:2]
     return _Shape(
         batch, sizes.heads, sizes.groups, length, sizes.nope, sizes.rope, sizes.value, scale, table.data_ptr(), per_batch(table, query), turn_keys,
-        pointer(first), min(max(1, min(64, SCORED * sizes.groups // sizes.heads)), length), keys.shape[1], pointer(before),
+        pointer(first), min(_queries(keys.shape[1], sizes), length), keys.shape[1], pointer(before),
     )  # fmt: skip
+
+
+def _queries(keys: int, sizes: Sizes) -> int:
+    """Positions that attend at a time: where heads share their keys, so few that their rows make one product of good size."""
+    rows = max(QUERIES, min(4 * QUERIES, SCORES // keys))
+    return max(1, min(QUERIES, rows * sizes.groups // sizes.heads))
 
 
 def _scored(shape: _Shape) -> int:
