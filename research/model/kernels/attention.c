@@ -65,6 +65,7 @@ static void unpack(const float *from, i64 from_row, const float *table, i64 tabl
     for (i64 t = 0; t < rows; t++) {
         const float *restrict in = from + t * from_row;
         float *restrict a = nope + t * nope_row, *restrict b = rope + t * rope_row;
+        __builtin_prefetch(b + AHEAD * rope_row, 1);
         for (i64 j = 0; j < N; j++) a[j] = in[j] * scale;
         in += N;
         const float *restrict turn = table ? table + t * table_row : 0;
@@ -111,6 +112,47 @@ static inline void clear(float *row, i64 from, i64 to, i64 w)
     for (float *x = last + WHOLE; x < row + w; x++) *x = 0.0f;
 }
 
+/* Keys that query i of a sequence sees, counted from key `lo` on; beyond S only padding asks. */
+typedef struct { i64 from, to; } Seen;
+
+static inline Seen seen(const Shape *s, const int32_t *first, i64 before, i64 lo, i64 i)
+{
+    return (Seen){(first ? first[i] : 0) - lo, (i + before < s->S ? i + before + 1 : s->S) - lo};
+}
+
+/* Of queries begin .. begin + n and their heads: rows of w scores (n G, `wide`) become e^(score - largest) where they are seen, and 0 elsewhere;
+   with them 1 / their sums, and lse.  By turns and not row by row: within a row everything waits for its largest, and then for its sum. */
+static void softmax(const Shape *s, const int32_t *first, i64 before, i64 lo, i64 begin, i64 n, float *p, i64 wide, i64 w, float *most, float *inverse,
+                    float *lse)
+{
+    i64 G = s->H / s->groups, count;
+    for (i64 i = begin, r = 0; i < begin + n; i++) {
+        Seen keys = seen(s, first, before, lo, i);
+        for (i64 h = 0; h < G; h++, r++) {
+            float *row = visible(p + r * wide, keys.from, keys.to, &count);
+            most[r] = largest(row, count);
+        }
+    }
+    for (i64 i = begin, r = 0; i < begin + n; i++) {
+        Seen keys = seen(s, first, before, lo, i);
+        count = whole(keys.to) - keys.from / WHOLE * WHOLE;
+        for (i64 h = 0; h < G; h++, r++) {
+            float *restrict row = p + r * wide + keys.from / WHOLE * WHOLE, sum = 0.0f, top = most[r];
+            for (i64 j = 0; j < count; j++) {
+                row[j] = exponential_below(row[j] - top);
+                sum += row[j];
+            }
+            inverse[r] = sum;
+            clear(p + r * wide, keys.from, keys.to, w);
+        }
+    }
+    for (i64 i = begin, r = 0; i < begin + n; i++)
+        for (i64 h = 0; h < G; h++, r++) {
+            lse[h * s->T + i] = most[r] + logf(inverse[r]);
+            inverse[r] = 1.0f / inverse[r];
+        }
+}
+
 /* out (B, T, H, V) and lse (B, H, T) of softmax(scale q k^T) v.  With G = H / groups and S as far apart as rows of S scores are, scratch:
    block G (S + N + R + V + 1) + S (N + R) floats on a boundary of 64 bytes.  Keys are turned by the queries' table, so `turn_keys` goes with S = T.
    The queries of all heads that share their keys are rows of one product, ordered by position and then head: one product of good size
@@ -119,7 +161,7 @@ void attention_forward(const Shape *s, const Operand *qn, const Operand *qr, con
                        float *lse, float *scratch)
 {
     i64 T = s->T, S = s->S, V = s->V, d = s->N + s->R, G = s->H / s->groups, most_rows = s->block * G;
-    float *p = scratch, *q = p + most_rows * apart(S), *k = q + most_rows * d, *o = k + S * d, *sums = o + most_rows * V;
+    float *p = scratch, *q = p + most_rows * apart(S), *k = q + most_rows * d, *o = k + S * d, *inverse = o + most_rows * V;
     for (i64 b = 0; b < s->B; b++) {
         const float *table = s->table + b * s->table_batch;
         const int32_t *first = s->first ? s->first + b * T : 0;
@@ -131,23 +173,14 @@ void attention_forward(const Shape *s, const Operand *qn, const Operand *qr, con
                 i64 wide = apart(w);
                 pack_queries(s, qn, qr, table, b, g, q0, n, q);
                 gemm('N', 'T', n * G, w, d, 1.0f, q, d, k + lo * d, d, 0.0f, p, wide);
-                for (i64 i = q0, r = 0; i < q0 + n; i++)
-                    for (i64 h = g * G; h < (g + 1) * G; h++, r++) {
-                        i64 count, from = (first ? first[i] : 0) - lo, to = (i + before < S ? i + before + 1 : S) - lo;
-                        float *restrict row = visible(p + r * wide, from, to, &count), sum = 0.0f, most = largest(row, count);
-                        for (i64 j = 0; j < count; j++) {
-                            row[j] = exponential_below(row[j] - most);
-                            sum += row[j];
-                        }
-                        clear(p + r * wide, from, to, w);
-                        sums[r] = 1.0f / sum;
-                        lse[(b * s->H + h) * T + i] = most + logf(sum);
-                    }
+                for (i64 i = 0, some = (WHOLE + G - 1) / G; i < n; i += some)
+                    softmax(s, first, before, lo, q0 + i, n - i < some ? n - i : some, p + i * G * wide, wide, w, o, inverse + i * G,
+                            lse + (b * s->H + g * G) * T);
                 gemm('N', 'N', n * G, V, w, 1.0f, p, wide, at(*v, b, g) + lo * v->row, v->row, 0.0f, o, V);
                 for (i64 i = q0, r = 0; i < q0 + n; i++)
                     for (i64 h = g * G; h < (g + 1) * G; h++, r++) {
                         float *restrict to = at(*out, b, h) + i * out->row;
-                        for (i64 j = 0; j < V; j++) to[j] = o[r * V + j] * sums[r];
+                        for (i64 j = 0; j < V; j++) to[j] = o[r * V + j] * inverse[r];
                     }
             }
         }
@@ -186,15 +219,16 @@ void attention_backward(const Shape *s, const Operand *qn, const Operand *qr, co
                 gemm('N', 'T', n * G, w, V, 1.0f, go, V, value, v->row, 0.0f, ds, wide);
                 for (i64 i = q0, r = 0; i < q0 + n; i++)
                     for (i64 h = g * G; h < (g + 1) * G; h++, r++) {
-                        i64 count, from = (first ? first[i] : 0) - lo, to = i - lo + 1;
-                        float *restrict row = visible(p + r * wide, from, to, &count), *restrict back = ds + (row - p);
+                        i64 count;
+                        Seen keys = seen(s, first, 0, lo, i);
+                        float *restrict row = visible(p + r * wide, keys.from, keys.to, &count), *restrict back = ds + (row - p);
                         float log_sum = lse[(b * s->H + h) * T + i], delta = deltas[r];
                         for (i64 j = 0; j < count; j++) {
                             row[j] = exponential_below(row[j] - log_sum);
                             back[j] = row[j] * (back[j] - delta);
                         }
-                        clear(p + r * wide, from, to, w);
-                        clear(ds + r * wide, from, to, w);
+                        clear(p + r * wide, keys.from, keys.to, w);
+                        clear(ds + r * wide, keys.from, keys.to, w);
                     }
                 gemm('T', 'N', w, V, n * G, 1.0f, p, wide, go, V, 1.0f, dvalue + lo * V, V);
                 gemm('N', 'N', n * G, d, w, 1.0f, ds, wide, k + lo * d, d, 0.0f, dq, d);
