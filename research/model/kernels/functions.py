@@ -174,6 +174,15 @@ class _Shape(ctypes.Structure):
     )
 
 
+class _Absorbed(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("N", "V", "C")),
+        *((name, ctypes.c_void_p) for name in ("up_key", "up_value", "dup_key", "dup_value")),
+        ("weight_head", ctypes.c_int64),
+        *((name, ctypes.POINTER(_Operand)) for name in ("query", "out", "dquery", "dout")),
+    )
+
+
 class Sizes(NamedTuple):
     """Head counts and widths of an attention: H query heads, `groups` key and value heads; N + R per key, R of it rotary; V per value."""
 
@@ -230,16 +239,13 @@ class _AbsorbedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, latent: Tensor, key_rope: Tensor, weight: Tensor, table: Tensor, first: Tensor | None,
                 before: Tensor | None, sizes: Sizes, scale: float) -> Tensor:  # fmt: skip
-        query, latent, key_rope, table = query.contiguous(), strided(latent), strided(key_rope), turns(table)
-        (batch, length), (heads, _, nope, _, value), rank = query.shape[:2], sizes, latent.shape[-1]
-        absorbed, context = query.new_empty(batch, length, heads * rank), query.new_empty(batch, length, heads * rank)
-        inner = sizes._replace(groups=1, nope=rank, value=rank)
-        up_key, up_value = _up_projections(weight, sizes)
-        _heads("NN", heads, (batch * length, rank, nope), _per_head(query, sizes.key), up_key, _per_head(absorbed, rank))
+        query, latent, key_rope, weight, table = query.contiguous(), strided(latent), strided(key_rope), weight.contiguous(), turns(table)
+        (batch, length), rank = query.shape[:2], latent.shape[-1]
+        absorbed, context = query.new_empty(batch, length, sizes.heads * rank), query.new_empty(batch, length, sizes.heads * rank)
+        out = query.new_empty(batch, length, sizes.heads * sizes.value)
         operands = (*_absorbed_inputs(absorbed, query, latent, key_rope, latent, sizes, rank), _operand(context, rank))
-        lse = _attend(_shape(query, latent, table, first, before, inner, scale, turn_keys=False), operands, query)
-        out = query.new_empty(batch, length, heads * value)
-        _heads("NT", heads, (batch * length, value, rank), _per_head(context, rank), up_value, _per_head(out, value))
+        shape = _shape(query, latent, table, first, before, _inner(sizes, rank), scale, turn_keys=False)
+        lse = _attend(shape, operands, query, _absorbed(weight, None, query, out, None, None, sizes))
         ctx.save_for_backward(query, latent, key_rope, weight, table, first, absorbed, context, lse)
         ctx.sizes, ctx.scale = sizes, scale
         return out
@@ -249,22 +255,15 @@ class _AbsorbedAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, latent, key_rope, weight, table, first, absorbed, context, lse = ctx.saved_tensors
         sizes: Sizes = ctx.sizes
-        gradient = gradient.contiguous()
-        (batch, length), (heads, _, nope, _, value), rank = query.shape[:2], sizes, latent.shape[-1]
-        tokens, inner = batch * length, sizes._replace(groups=1, nope=rank, value=rank)
-        up_key, up_value = _up_projections(weight, sizes)
-        dweight, dquery = torch.empty_like(weight), torch.empty_like(query)
-        dup_key, dup_value = _up_projections(dweight, sizes)
+        gradient, rank = gradient.contiguous(), latent.shape[-1]
+        dweight, dquery = torch.zeros_like(weight), torch.empty_like(query)
         dcontext, dabsorbed = torch.empty_like(context), torch.empty_like(absorbed)
         dlatent, dlatent_value, dkey_rope = latent.new_empty(latent.shape), latent.new_empty(latent.shape), key_rope.new_empty(key_rope.shape)
-        _heads("NN", heads, (tokens, rank, value), _per_head(gradient, value), up_value, _per_head(dcontext, rank))
-        _heads("TN", heads, (value, rank, tokens), _per_head(gradient, value), _per_head(context, rank), dup_value)
         operands = (*_absorbed_inputs(absorbed, query, latent, key_rope, latent, sizes, rank), _operand(context, rank))
-        shape = _shape(query, latent, table, first, None, inner, ctx.scale, turn_keys=False)
+        shape = _shape(query, latent, table, first, None, _inner(sizes, rank), ctx.scale, turn_keys=False)
         grads = _absorbed_inputs(dabsorbed, dquery, dlatent, dkey_rope, dlatent_value, sizes, rank)
-        _attend_backward(shape, operands, lse, _operand(dcontext, rank), grads, query)
-        _heads("NT", heads, (tokens, nope, rank), _per_head(dabsorbed, rank), up_key, _per_head(dquery, sizes.key))
-        _heads("TN", heads, (nope, rank, tokens), _per_head(query, sizes.key), _per_head(dabsorbed, rank), dup_key)
+        around = _absorbed(weight, dweight, query, None, dquery, gradient, sizes)
+        _attend_backward(shape, operands, lse, _operand(dcontext, rank), grads, query, around)
         return dquery, dlatent.add_(dlatent_value), dkey_rope, dweight, None, None, None, None, None
 
 
@@ -324,6 +323,20 @@ def _absorbed_inputs(absorbed: Tensor, query: Tensor, latent: Tensor, key_rope: 
     return *queries, _operand(latent, 0), _operand(key_rope, 0), _operand(value, 0)
 
 
+def _inner(sizes: Sizes, rank: int) -> Sizes:
+    """Of the attention to latents: the latent is key and value of all heads."""
+    return sizes._replace(groups=1, nope=rank, value=rank)
+
+
+def _absorbed(weight: Tensor, dweight: Tensor | None, query: Tensor, out: Tensor | None, dquery: Tensor | None, dout: Tensor | None, sizes: Sizes) -> Any:
+    """Queries and outputs (B, T, H (N + R) and H V) around the attention to latents, W^UK and W^UV inside kv_b_proj's (H (N + V), C), and gradients."""
+    nope, rank = sizes.nope, weight.shape[1]
+    ups = [None if x is None else x.data_ptr() + 4 * offset * rank for x in (weight, dweight) for offset in (0, nope)]
+    operands = ((query, sizes.key), (out, sizes.value), (dquery, sizes.key), (dout, sizes.value))
+    places = [None if x is None else ctypes.pointer(_Operand(x.data_ptr(), x.stride(0), x.stride(1), width)) for x, width in operands]
+    return ctypes.byref(_Absorbed(nope, sizes.value, rank, *ups, (nope + sizes.value) * rank, *places))
+
+
 def _shape(query: Tensor, keys: Tensor, table: Tensor, first: Tensor | None, before: Tensor | None, sizes: Sizes, scale: float, *,
            turn_keys: bool) -> _Shape:  # fmt: skip
     batch, length = query.shape[:2]
@@ -350,35 +363,20 @@ def _apart(keys: int) -> int:
     return (-(-keys // 16) | 1) * 16
 
 
-def _attend(shape: _Shape, operands: tuple[Any, ...], like: Tensor) -> Tensor:
+def _attend(shape: _Shape, operands: tuple[Any, ...], like: Tensor, around: Any = None) -> Tensor:
     lse = like.new_empty(shape.B, shape.H, shape.T)
     rows, width = _scored(shape), shape.N + shape.R
     scratch = like.new_empty(rows * (_apart(shape.S) + width + shape.V + 1) + shape.S * width)
-    loaded().attention_forward(ctypes.byref(shape), *operands, pointer(lse), pointer(scratch))
+    loaded().attention_forward(ctypes.byref(shape), around, *operands, pointer(lse), pointer(scratch))
     return lse
 
 
-def _attend_backward(shape: _Shape, operands: tuple[Any, ...], lse: Tensor, gradient: Any, grads: tuple[Any, ...], like: Tensor) -> None:
+def _attend_backward(shape: _Shape, operands: tuple[Any, ...], lse: Tensor, gradient: Any, grads: tuple[Any, ...], like: Tensor,
+                     around: Any = None) -> None:  # fmt: skip
     assert shape.S == shape.T
     rows, width = _scored(shape), shape.N + shape.R
     scratch = like.new_empty(rows * (2 * _apart(shape.S) + 2 * width + shape.V + 1) + shape.T * (2 * width + shape.V))
-    loaded().attention_backward(ctypes.byref(shape), *operands, pointer(lse), gradient, *grads, pointer(scratch))
-
-
-def _up_projections(weight: Tensor, sizes: Sizes) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """W^UK and W^UV inside kv_b_proj's (H (N + V), C): address, row stride, head stride."""
-    rank, per_head = weight.shape[1], (sizes.nope + sizes.value) * weight.shape[1]
-    return (weight.data_ptr(), rank, per_head), (weight.data_ptr() + 4 * sizes.nope * rank, rank, per_head)
-
-
-def _per_head(x: Tensor, width: int) -> tuple[int, int, int]:
-    """Heads of `width` beside each other in contiguous x (B, T, ...)."""
-    return x.data_ptr(), x.shape[-1], width
-
-
-def _heads(transposed: str, heads: int, mnk: tuple[int, int, int], *operands: tuple[int, int, int]) -> None:
-    """C_h = op(A_h) op(B_h) of (m, k) and (k, n) for each head."""
-    loaded().heads_product(*(letter.encode() for letter in transposed), heads, *mnk, *(part for operand in operands for part in operand))
+    loaded().attention_backward(ctypes.byref(shape), around, *operands, pointer(lse), gradient, *grads, pointer(scratch))
 
 
 def turns(table: Tensor) -> Tensor:

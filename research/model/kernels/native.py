@@ -35,9 +35,8 @@ SIGNATURES = {
     "sort_by_expert": "ppppii",
     "experts_forward": "pppppppppiiiii",
     "experts_backward": "pppppppppppppiiiii",
-    "attention_forward": "ppppppppp",
-    "attention_backward": "ppppppppppppppp",
-    "heads_product": "cciiiipiipiipii",
+    "attention_forward": "pppppppppp",
+    "attention_backward": "pppppppppppppppp",
     "latent_decode": "ppipiipiipppppfiiiiiiiii",
     "decode_blocks": "pipp",
 }
