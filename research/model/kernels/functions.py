@@ -328,7 +328,9 @@ def _inner(sizes: Sizes, rank: int) -> Sizes:
     return sizes._replace(groups=1, nope=rank, value=rank)
 
 
-def _absorbed(weight: Tensor, dweight: Tensor | None, query: Tensor, out: Tensor | None, dquery: Tensor | None, dout: Tensor | None, sizes: Sizes) -> Any:
+def _absorbed(
+    weight: Tensor, dweight: Tensor | None, query: Tensor, out: Tensor | None, dquery: Tensor | None, dout: Tensor | None, sizes: Sizes
+) -> Any:
     """Queries and outputs (B, T, H (N + R) and H V) around the attention to latents, W^UK and W^UV inside kv_b_proj's (H (N + V), C), and gradients."""
     nope, rank = sizes.nope, weight.shape[1]
     ups = [None if x is None else x.data_ptr() + 4 * offset * rank for x in (weight, dweight) for offset in (0, nope)]
