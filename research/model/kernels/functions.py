@@ -331,7 +331,8 @@ def _inner(sizes: Sizes, rank: int) -> Sizes:
 def _absorbed(
     weight: Tensor, dweight: Tensor | None, query: Tensor, out: Tensor | None, dquery: Tensor | None, dout: Tensor | None, sizes: Sizes
 ) -> Any:
-    """Queries and outputs (B, T, H (N + R) and H V) around the attention to latents, W^UK and W^UV inside kv_b_proj's (H (N + V), C), and gradients."""
+    """Queries and outputs, (B, T, H (N + R)) and (B, T, H V), around the attention to latents, W^UK and W^UV inside kv_b_proj (H (N + V), C), and
+    the gradients of all."""
     nope, rank = sizes.nope, weight.shape[1]
     ups = [None if x is None else x.data_ptr() + 4 * offset * rank for x in (weight, dweight) for offset in (0, nope)]
     operands = ((query, sizes.key), (out, sizes.value), (dquery, sizes.key), (dout, sizes.value))
