@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from research.memory import loss_chunk_tokens
+from research.model.kernels import functions, native
 from research.model.layers import at_least_float32
 
 
@@ -86,10 +87,13 @@ def _chunks(hidden: Tensor, head: Tensor, targets: Tensor, chunk_tokens: int | N
         rows = slice(start, min(start + size, len(hidden)))
         target = targets[rows, None]
         logits = at_least_float32(torch.mm(hidden[rows].to(head.dtype), head.T, out=buffer[: rows.stop - start]))
-        largest, at_target = logits.amax(-1, keepdim=True), logits.gather(1, target)
-        exponentials = logits.sub_(largest).exp_()
-        sums = exponentials.sum(-1, keepdim=True)
-        yield _Chunk(rows, exponentials, sums, (sums.log() + largest - at_target)[:, 0], target)
+        at_target = logits.gather(1, target)
+        if native.usable(logits) and logits.is_contiguous():
+            largest, sums = functions.exponentials(logits)
+        else:
+            largest = logits.amax(-1, keepdim=True)
+            sums = logits.sub_(largest).exp_().sum(-1, keepdim=True)
+        yield _Chunk(rows, logits, sums, (sums.log() + largest - at_target)[:, 0], target)
 
 
 def _as_computed(weight: Tensor) -> Tensor:

@@ -97,6 +97,23 @@ def test_routed_experts_against_the_loop_over_tokens_and_choices(routing, size, 
     agree(lambda x, gates, *w: functions.routed_experts(x, gates, ids, kept, *w), exact, inputs)
 
 
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 9), size=st.integers(1, 70), scale=st.sampled_from([0.1, 1.0, 60.0]), seed=st.integers(0, 99))
+def test_exponentials_of_logits(rows, size, scale, seed):
+    logits = normal(rows, size, seed=seed) * scale
+    wanted = (logits.double() - logits.double().amax(1, keepdim=True)).exp()
+    largest, sums = functions.exponentials(said := logits.clone())
+    torch.testing.assert_close(said.double(), wanted, rtol=1e-6 + 1e-7 * 10 * scale, atol=1e-37)
+    torch.testing.assert_close(sums.double(), wanted.sum(1, keepdim=True), rtol=1e-5, atol=0)
+    assert torch.equal(largest, logits.amax(1, keepdim=True))
+
+
+def test_exponentials_of_what_is_no_number():
+    _, sums = functions.exponentials(torch.tensor([[0.0, math.nan, 1.0], [0.0, math.inf, 1.0], [0.0, -math.inf, 1.0]]))
+    assert sums[:2].isnan().all()
+    assert sums[2] == pytest.approx(1 + math.exp(-1))
+
+
 @settings(max_examples=15, deadline=None)
 @given(routing=routings())
 def test_routed_experts_of_many_tokens(routing):

@@ -104,6 +104,13 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else _gated(gate.contiguous(), up.contiguous())
 
 
+def exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Contiguous logits (c, V) become e^(logit - largest) in place; the largest and the sum of each row, (c, 1) both; no gradients."""
+    most, sums = logits.new_empty(len(logits), 1), logits.new_empty(len(logits), 1)
+    loaded().exponentials(pointer(logits), *logits.shape, pointer(most), pointer(sums))
+    return most, sums
+
+
 def choose_experts(scores: Tensor, devices: int, limit: int, chosen: int) -> Tensor:
     """int64 (M, K) of scores (M, E), as `router.choose`; the lower expert first among equals."""
     scores = scores.contiguous()

@@ -108,6 +108,22 @@ void swiglu_backward(const float *restrict g, const float *restrict gate, const 
     }
 }
 
+/* ---- Cross-entropy ---- */
+
+/* Rows of logits (rows, n) become e^(logit - largest), with the largest and the sum of each: a row passes through the cache once. */
+void exponentials(float *logits, i64 rows, i64 n, float *most, float *sums)
+{
+    for (i64 r = 0; r < rows; r++) {
+        float *row = logits + r * n, top = largest(row, n), sum = 0.0f;
+        for (i64 j = 0; j < n; j++) {
+            row[j] = exponential_below(row[j] - top);
+            sum += row[j];
+        }
+        most[r] = top;
+        sums[r] = sum;
+    }
+}
+
 /* ---- Choosing experts ---- */
 
 /* ids (M, K): of scores (M, E) the best K of those on the `limit` of `devices` devices with the highest single score (all devices:

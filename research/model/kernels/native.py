@@ -31,6 +31,7 @@ SIGNATURES = {
     "rms_norm_backward": "ppippppii",
     "swiglu": "pppi",
     "swiglu_backward": "pppppi",
+    "exponentials": "piipp",
     "choose_experts": "ppiiiiipp",
     "sort_by_expert": "ppppii",
     "experts_forward": "pppppppppiiiii",
