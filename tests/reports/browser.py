@@ -24,7 +24,8 @@ def executable():
 @contextmanager
 def running():
     """The DevTools address of a browser of its own profile."""
-    with tempfile.TemporaryDirectory() as profile:
+    # Its helpers write into the profile for a moment after it has ended.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         process = subprocess.Popen(
             [executable(), *FLAGS, f"--user-data-dir={profile}", "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
