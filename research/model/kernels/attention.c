@@ -122,8 +122,8 @@ static void pack_queries(const Shape *s, const Operand *qn, const Operand *qr, c
              q + i * G * d, d, G, s->N, s->R);
 }
 
-/* Of a row of w scores, from .. to can be seen: `most` is the largest of them, and all others are -infinity as far as whole vectors reach,
-   which is `count` from the first one, returned, on. */
+/* Of a row of scores, from .. to can be seen: the others become -infinity as far as whole vectors reach, which is `count` scores from the
+   first of them on, returned. */
 static inline float *visible(float *row, i64 from, i64 to, i64 *count)
 {
     float *first = row + from / WHOLE * WHOLE, *last = row + (to - 1) / WHOLE * WHOLE;
