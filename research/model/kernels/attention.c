@@ -20,6 +20,9 @@ typedef struct {
    lie a power of two apart would fall on the same few sets of the cache. */
 enum { WHOLE = 16, AHEAD = 16, TOKENS = 128 };
 
+/* Queries are scaled by log2(e) too, so that e^score is a power of two. */
+static const float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
+
 static i64 whole(i64 n) { return (n + WHOLE - 1) / WHOLE * WHOLE; }
 
 static i64 apart(i64 n) { return ((n + WHOLE - 1) / WHOLE | 1) * WHOLE; }
@@ -78,127 +81,175 @@ static void unpack(const float *from, i64 from_row, const float *table, i64 tabl
     }
 }
 
-/* The absorbed form's products around the attention itself, of each head: W^UK before it and W^UV behind it, (N, C) and (V, C), with their
-   gradients on the way back.  They are done for a block of tokens at a time, while it is in the cache: a row holds all heads, and one head's
-   part of all rows is as far apart in memory as can be. */
-typedef struct {
-    i64 N, V, C;
-    const float *up_key, *up_value;
-    float *dup_key, *dup_value;
-    i64 weight_head;                     /* floats from one head's matrix to the next one's; their rows have C */
-    const Operand *query, *out;          /* N of them not rotated, and V */
-    const Operand *dquery, *dout;
-} Absorbed;
-
 static float *at(Operand o, i64 b, i64 h) { return o.data + b * o.batch + h * o.head; }
 
-/* C_h = op(A_h) op(B_h) + beta C_h for every head: operands begin a head's width apart. */
-static void heads_product(char ta, char tb, i64 heads, i64 m, i64 n, i64 k, const float *a, i64 lda, i64 a_head, const float *b, i64 ldb, i64 b_head,
-                          float beta, float *c, i64 ldc, i64 c_head)
-{
-    for (i64 h = 0; h < heads; h++) gemm(ta, tb, m, n, k, 1.0f, a + h * a_head, lda, b + h * b_head, ldb, beta, c + h * c_head, ldc);
-}
-
-/* Of tokens t .. t + n of sequence b: out = x w (`N`) or x w^T (`T`) for the widths on both sides. */
-static void through(char tw, i64 heads, i64 b, i64 t, i64 n, const Operand *x, i64 in, const float *w, const Absorbed *a, const Operand *out, i64 width)
-{
-    heads_product('N', tw, heads, n, width, in, at(*x, b, 0) + t * x->row, x->row, x->head, w, a->C, a->weight_head, 0.0f, at(*out, b, 0) + t * out->row,
-                  out->row, out->head);
-}
-
-/* dw (width, C) += x^T y of these tokens. */
-static void gathered(i64 heads, i64 b, i64 t, i64 n, const Operand *x, i64 width, const Operand *y, const Absorbed *a, float *dw)
-{
-    heads_product('T', 'N', heads, width, a->C, n, at(*x, b, 0) + t * x->row, x->row, x->head, at(*y, b, 0) + t * y->row, y->row, y->head, 1.0f, dw, a->C,
-                  a->weight_head);
-}
-
-/* Queries q0 .. q0 + n of the heads of group g, a position's heads one after the other: (n G, N + R). */
-static void pack_queries(const Shape *s, const Operand *qn, const Operand *qr, const float *table, i64 b, i64 g, i64 q0, i64 n, float *q)
+/* Queries t .. t + n of the heads of group g, a position's heads one after the other, for scores in powers of two: (n G, N + R). */
+static void pack_queries(const Shape *s, const Operand *qn, const Operand *qr, const float *table, i64 b, i64 g, i64 t, i64 n, float *q)
 {
     i64 G = s->H / s->groups, d = s->N + s->R;
-    for (i64 i = 0; i < n; i++)
-        pack(at(*qn, b, g * G) + (q0 + i) * qn->row, qn->head, at(*qr, b, g * G) + (q0 + i) * qr->row, qr->head, table + (q0 + i) * s->R, 0, s->scale,
-             q + i * G * d, d, G, s->N, s->R);
+    for (i64 i = t; i < t + n; i++, q += G * d)
+        pack(at(*qn, b, g * G) + i * qn->row, qn->head, at(*qr, b, g * G) + i * qr->row, qr->head, table + i * s->R, 0, s->scale * LOG2_E, q, d, G, s->N, s->R);
 }
 
-/* Of a row of scores, from .. to can be seen: the others become -infinity as far as whole vectors reach, which is `count` scores from the
-   first of them on, returned. */
-static inline float *visible(float *row, i64 from, i64 to, i64 *count)
+/* Their gradients back; of the rotary parts only where the others lie elsewhere, dqn NULL. */
+static void unpack_queries(const Shape *s, const float *dq, const float *table, const Operand *dqn, const Operand *dqr, i64 b, i64 g, i64 t, i64 n)
 {
-    float *first = row + from / WHOLE * WHOLE, *last = row + (to - 1) / WHOLE * WHOLE;
-    i64 before = row + from - first, after = row + to - last;
-    for (i64 j = 0; j < WHOLE; j++) first[j] = j < before ? -INFINITY : first[j];
-    for (i64 j = 0; j < WHOLE; j++) last[j] = j < after ? last[j] : -INFINITY;
-    *count = last + WHOLE - first;
-    return first;
+    i64 G = s->H / s->groups, d = s->N + s->R, N = dqn ? s->N : 0;
+    const Operand *nope = dqn ? dqn : dqr;
+    for (i64 i = t; i < t + n; i++, dq += G * d)
+        unpack(dq + s->N - N, d, table + i * s->R, 0, s->scale, at(*nope, b, g * G) + i * nope->row, nope->head, at(*dqr, b, g * G) + i * dqr->row, dqr->head,
+               0, G, N, s->R);
 }
 
-/* Those that cannot be seen are 0. */
-static inline void clear(float *row, i64 from, i64 to, i64 w)
-{
-    float *first = row + from / WHOLE * WHOLE, *last = row + (to - 1) / WHOLE * WHOLE;
-    i64 before = row + from - first, after = row + to - last;
-    for (i64 j = 0; j < WHOLE; j++) first[j] = j < before ? 0.0f : first[j];
-    for (i64 j = 0; j < WHOLE; j++) last[j] = j < after ? last[j] : 0.0f;
-    for (float *x = row; x < first; x++) *x = 0.0f;
-    for (float *x = last + WHOLE; x < row + w; x++) *x = 0.0f;
-}
+/* Keys that a query sees of a row of scores, in whole lines: begin .. end of them, but not the first `before` ones nor those from `after` on of
+   the last line. */
+typedef struct { i64 begin, end; int32_t before, after; } Seen;
 
-/* Keys that query i of a sequence sees, counted from key `lo` on; beyond S only padding asks. */
-typedef struct { i64 from, to; } Seen;
-
+/* Of query i of a sequence, keys counted from `lo` on; beyond S only padding asks. */
 static inline Seen seen(const Shape *s, const int32_t *first, i64 before, i64 lo, i64 i)
 {
-    return (Seen){(first ? first[i] : 0) - lo, (i + before < s->S ? i + before + 1 : s->S) - lo};
+    i64 from = (first ? first[i] : 0) - lo, to = (i + before < s->S ? i + before + 1 : s->S) - lo, end = whole(to);
+    return (Seen){from / WHOLE * WHOLE, end, from % WHOLE, to - (end - WHOLE)};
 }
 
-/* Of queries begin .. begin + n and their heads: rows of w scores (n G, `wide`) become e^(score - largest) where they are seen, and 0 elsewhere;
-   with them 1 / their sums, and lse.  By turns and not row by row: within a row everything waits for its largest, and then for its sum. */
+/* What of these lines cannot be seen becomes `fill`. */
+static inline void mask(float *row, Seen keys, float fill)
+{
+    float *restrict first = row + keys.begin, *restrict last = row + keys.end - WHOLE;
+    if (keys.before)
+        for (int32_t j = 0; j < WHOLE; j++) first[j] = j < keys.before ? fill : first[j];
+    if (keys.after < WHOLE)
+        for (int32_t j = 0; j < WHOLE; j++) last[j] = j < keys.after ? last[j] : fill;
+}
+
+/* Of w scores those that cannot be seen become 0. */
+static inline void clear(float *row, Seen keys, i64 w)
+{
+    mask(row, keys, 0.0f);
+    memset(row, 0, keys.begin * sizeof(float));
+    for (i64 line = keys.end; line < w; line += WHOLE)
+        for (int j = 0; j < WHOLE; j++) row[line + j] = 0.0f;
+}
+
+static inline float total(vec v)
+{
+    float sum = 0.0f;
+    for (int j = 0; j < LANES; j++) sum += v[j];
+    return sum;
+}
+
+/* Of queries begin .. begin + n and their heads: rows of w scores (n G, `wide`), in powers of two, become 2^(score - largest) where they are
+   seen, and 0 elsewhere; with them 1 / their sums, and lse.  By turns and not row by row: within a row everything waits for its largest, and
+   then for its sum. */
 static void softmax(const Shape *s, const int32_t *first, i64 before, i64 lo, i64 begin, i64 n, float *p, i64 wide, i64 w, float *most, float *inverse,
                     float *lse)
 {
-    i64 G = s->H / s->groups, count;
+    i64 G = s->H / s->groups;
     for (i64 i = begin, r = 0; i < begin + n; i++) {
         Seen keys = seen(s, first, before, lo, i);
         for (i64 h = 0; h < G; h++, r++) {
-            float *row = visible(p + r * wide, keys.from, keys.to, &count);
-            most[r] = largest(row, count);
+            mask(p + r * wide, keys, -INFINITY);
+            most[r] = largest(p + r * wide + keys.begin, keys.end - keys.begin);
         }
     }
     for (i64 i = begin, r = 0; i < begin + n; i++) {
         Seen keys = seen(s, first, before, lo, i);
-        count = whole(keys.to) - keys.from / WHOLE * WHOLE;
         for (i64 h = 0; h < G; h++, r++) {
-            float *restrict row = p + r * wide + keys.from / WHOLE * WHOLE, sum = 0.0f, top = most[r];
-            for (i64 j = 0; j < count; j++) {
-                row[j] = exponential_below(row[j] - top);
-                sum += row[j];
+            float *row = p + r * wide;
+            vec sum = (vec){0};
+            for (i64 j = keys.begin; j < keys.end; j += LANES) {
+                vec power = power_of_two(load(row + j) - most[r]);
+                store(row + j, power);
+                sum += power;
             }
-            inverse[r] = sum;
-            clear(p + r * wide, keys.from, keys.to, w);
+            inverse[r] = total(sum);
+            clear(row, keys, w);
         }
     }
     for (i64 i = begin, r = 0; i < begin + n; i++)
         for (i64 h = 0; h < G; h++, r++) {
-            lse[h * s->T + i] = most[r] + logf(inverse[r]);
+            lse[h * s->T + i] = most[r] + log2f(inverse[r]);
             inverse[r] = 1.0f / inverse[r];
         }
 }
 
-/* Queries at a time between two of the absorbed form's products: whole blocks of the attention itself. */
-static i64 tokens_at_a_time(const Shape *s, const Absorbed *a) { return a ? (TOKENS + s->block - 1) / s->block * s->block : s->T; }
+/* ---- The absorbed form's products ---- */
 
-/* out (B, T, H, V) and lse (B, H, T) of softmax(scale q k^T) v.  With G = H / groups and S as far apart as rows of S scores are, scratch:
-   block G (S + N + R + V + 1) + S (N + R) floats on a boundary of 64 bytes.  Keys are turned by the queries' table, so `turn_keys` goes with S = T.
+/* Around the attention itself, of each head: W^UK before it and W^UV behind it, `up`, (N, C) and (V, C), and transposed, `down`, (C, N) and
+   (C, V), each one's rows and heads so far apart; the gradients of the former. */
+typedef struct {
+    i64 N, V, C;
+    const float *up_key, *up_value;
+    float *dup_key, *dup_value;
+    i64 up_head;
+    const float *down_key, *down_value;
+    i64 down_row, down_head;
+    const Operand *query, *out, *dquery, *dout; /* N of queries, not rotated, and V */
+} Absorbed;
+
+/* They are done for a block of tokens while it is in the cache: a row holds all heads, and one head's part of all rows is as far apart in memory
+   as can be. */
+static int by_tiles(const Shape *s, const Absorbed *a)
+{
+    i64 weights = s->H * (a->N + a->V) * a->C;
+    return small(a->N, weights) && small(a->V, weights) && small(a->C, weights);
+}
+
+/* Tokens at a time, whole blocks of the attention itself: for BLAS many. */
+static i64 tokens_at_a_time(const Shape *s, const Absorbed *a)
+{
+    return a && !by_tiles(s, a) ? (TOKENS + s->block - 1) / s->block * s->block : s->block;
+}
+
+/* One head's matrix, of which that of the next head lies `head` floats on; element (i, j) at i row + j column. */
+typedef struct { const float *data; i64 row, column, head; } Matrix;
+
+/* C_h (m, n) = scale A_h B_h for every head, or with `add` C_h += that; one step of A is 1, and B's columns and C's are. */
+static void heads_product(const Shape *s, int tiles, i64 m, i64 n, i64 k, float scale, Matrix A, Matrix B, float *c, i64 c_row, i64 c_head, int add)
+{
+    for (i64 h = 0; h < s->H; h++, A.data += A.head, B.data += B.head, c += c_head) {
+        if (tiles)
+            small_product(m, n, k, scale, A.data, A.row, A.column, B.data, B.row, c, c_row, add);
+        else if (A.column == 1 && A.row >= k)
+            gemm('N', 'N', m, n, k, scale, A.data, A.row, B.data, B.row, add, c, c_row);
+        else
+            gemm('T', 'N', m, n, k, scale, A.data, A.column, B.data, B.row, add, c, c_row);
+    }
+}
+
+/* Rows of sequence b from position t on. */
+static Matrix rows_of(const Operand *o, i64 b, i64 t) { return (Matrix){at(*o, b, 0) + t * o->row, o->row, 1, o->head}; }
+
+static Matrix transposed(Matrix a) { return (Matrix){a.data, a.column, a.row, a.head}; }
+
+/* Heads one after the other in rows of all of them, as queries are packed: each `width` of `d` floats from `data` on. */
+static Matrix packed(const Shape *s, const float *data, i64 d) { return (Matrix){data, s->H * d, 1, d}; }
+
+/* Queries t .. t + n for the latents, as `pack_queries` has them: (n H, C + R). */
+static void absorb_queries(const Shape *s, int tiles, const Absorbed *a, const Operand *qr, const float *table, i64 b, i64 t, i64 n, float *q)
+{
+    i64 d = s->N + s->R;
+    heads_product(s, tiles, n, a->C, a->N, s->scale * LOG2_E, rows_of(a->query, b, t), (Matrix){a->up_key, a->C, 1, a->up_head}, q, s->H * d, d, 0);
+    for (i64 i = t; i < t + n; i++, q += s->H * d) {
+        const float *rope = at(*qr, b, 0) + i * qr->row;
+        pack(rope, qr->head, rope, qr->head, table + i * s->R, 0, s->scale * LOG2_E, q + s->N, d, s->H, 0, s->R);
+    }
+}
+
+/* ---- Forward and backward ---- */
+
+/* out (B, T, H, V) and lse (B, H, T), in powers of two, of softmax(scale q k^T) v.  With G = H / groups, S as far apart as rows of S scores are and
+   n = `tokens_at_a_time`, scratch: block G (S + V + 1) + n G (N + R) + S (N + R) floats on a boundary of 64 bytes.  Keys are turned by the queries'
+   table, so `turn_keys` goes with S = T.
    The queries of all heads that share their keys are rows of one product, ordered by position and then head: one product of good size
    for many, and none of few positions more than causality asks.  They take all their keys at once: no running maximum.
-   With `absorbed`, or NULL: qn is what it makes of its queries, and it goes on with out. */
+   With `absorbed`, or NULL, it says whose queries and outputs these are, qn is not looked at, and out is what W^UV is applied to. */
 void attention_forward(const Shape *s, const Absorbed *absorbed, const Operand *qn, const Operand *qr, const Operand *kn, const Operand *kr,
                        const Operand *v, const Operand *out, float *lse, float *scratch)
 {
     i64 T = s->T, S = s->S, V = s->V, d = s->N + s->R, G = s->H / s->groups, most_rows = s->block * G, chunk = tokens_at_a_time(s, absorbed);
-    float *p = scratch, *q = p + most_rows * apart(S), *k = q + most_rows * d, *o = k + S * d, *inverse = o + most_rows * V;
+    int tiles = absorbed && by_tiles(s, absorbed);
+    float *p = scratch, *q = p + most_rows * apart(S), *k = q + chunk * G * d, *o = k + S * d, *inverse = o + most_rows * V;
     for (i64 b = 0; b < s->B; b++)
         for (i64 g = 0; g < s->groups; g++) {
             const float *table = s->table + b * s->table_batch;
@@ -207,12 +258,14 @@ void attention_forward(const Shape *s, const Absorbed *absorbed, const Operand *
             pack(at(*kn, b, g), kn->row, at(*kr, b, g), kr->row, s->turn_keys ? table : 0, s->R, 1.0f, k, d, S, s->N, s->R);
             for (i64 t = 0; t < T; t += chunk) {
                 i64 end = t + chunk < T ? t + chunk : T;
-                if (absorbed) through('N', s->H, b, t, end - t, absorbed->query, absorbed->N, absorbed->up_key, absorbed, qn, absorbed->C);
+                if (absorbed)
+                    absorb_queries(s, tiles, absorbed, qr, table, b, t, end - t, q);
+                else
+                    pack_queries(s, qn, qr, table, b, g, t, end - t, q);
                 for (i64 q0 = t; q0 < end; q0 += s->block) {
                     i64 n = q0 + s->block < end ? s->block : end - q0, lo = first ? first[q0] : 0;
                     i64 w = (q0 + n + before < S ? q0 + n + before : S) - lo, wide = apart(w);
-                    pack_queries(s, qn, qr, table, b, g, q0, n, q);
-                    gemm('N', 'T', n * G, w, d, 1.0f, q, d, k + lo * d, d, 0.0f, p, wide);
+                    gemm('N', 'T', n * G, w, d, 1.0f, q + (q0 - t) * G * d, d, k + lo * d, d, 0.0f, p, wide);
                     for (i64 i = 0, some = (WHOLE + G - 1) / G; i < n; i += some)
                         softmax(s, first, before, lo, q0 + i, n - i < some ? n - i : some, p + i * G * wide, wide, w, o, inverse + i * G,
                                 lse + (b * s->H + g * G) * T);
@@ -223,74 +276,112 @@ void attention_forward(const Shape *s, const Absorbed *absorbed, const Operand *
                             for (i64 j = 0; j < V; j++) to[j] = o[r * V + j] * inverse[r];
                         }
                 }
-                if (absorbed) through('T', s->H, b, t, end - t, out, absorbed->C, absorbed->up_value, absorbed, absorbed->out, absorbed->V);
+                if (absorbed)
+                    heads_product(s, tiles, end - t, absorbed->V, absorbed->C, 1.0f, rows_of(out, b, t),
+                                  (Matrix){absorbed->down_value, absorbed->down_row, 1, absorbed->down_head}, at(*absorbed->out, b, 0) + t * absorbed->out->row,
+                                  absorbed->out->row, absorbed->out->head, 0);
             }
         }
 }
 
-/* Writes the gradients of all five operands, and with `absorbed` adds to those of its weights; dout and dqn are then what it makes of its own.
-   scratch: block G (2 S + 2 (N + R) + V + 1) + T (2 (N + R) + V) floats. */
+/* Of queries t .. t + n their outputs' gradients, (n G, V), and each one's product with its output. */
+static void pack_gradients(const Shape *s, const Operand *out, const Operand *dout, i64 b, i64 g, i64 t, i64 n, float *go, float *deltas)
+{
+    i64 G = s->H / s->groups, V = s->V;
+    for (i64 i = t, r = 0; i < t + n; i++)
+        for (i64 h = g * G; h < (g + 1) * G; h++, r++) {
+            const float *restrict oi = at(*out, b, h) + i * out->row, *restrict gi = at(*dout, b, h) + i * dout->row;
+            float *restrict to = go + r * V, delta = 0.0f;
+            for (i64 j = 0; j < V; j++) {
+                to[j] = gi[j];
+                delta += oi[j] * gi[j];
+            }
+            deltas[r] = delta;
+        }
+}
+
+/* The same of outputs that W^UV goes on with, and its gradient. */
+static void absorb_gradients(const Shape *s, int tiles, const Absorbed *a, const Operand *out, i64 b, i64 t, i64 n, float *go, float *deltas)
+{
+    i64 C = a->C;
+    Matrix dout = rows_of(a->dout, b, t);
+    heads_product(s, tiles, n, C, a->V, 1.0f, dout, (Matrix){a->up_value, C, 1, a->up_head}, go, s->H * C, C, 0);
+    heads_product(s, tiles, a->V, C, n, 1.0f, transposed(dout), rows_of(out, b, t), a->dup_value, C, a->up_head, 1);
+    for (i64 i = 0, r = 0; i < n; i++)
+        for (i64 h = 0; h < s->H; h++, r++) {
+            const float *restrict o = at(*out, b, h) + (t + i) * out->row, *restrict row = go + r * C;
+            float delta = 0.0f;
+            for (i64 j = 0; j < C; j++) delta += o[j] * row[j];
+            deltas[r] = delta;
+        }
+}
+
+/* Of rows of w scores, in powers of two, and the gradients of the probabilities: these probabilities, and the scores' gradients. */
+static void softmax_backward(const Shape *s, const int32_t *first, i64 lo, i64 begin, i64 n, float *p, float *ds, i64 wide, i64 w, const float *lse,
+                             const float *deltas)
+{
+    i64 G = s->H / s->groups;
+    for (i64 i = begin, r = 0; i < begin + n; i++) {
+        Seen keys = seen(s, first, 0, lo, i);
+        for (i64 h = 0; h < G; h++, r++) {
+            float *row = p + r * wide, *back = ds + r * wide, log_sum = lse[h * s->T + i], delta = deltas[r];
+            mask(row, keys, -INFINITY);
+            for (i64 j = keys.begin; j < keys.end; j += LANES) {
+                vec power = power_of_two(load(row + j) - log_sum);
+                store(row + j, power);
+                store(back + j, power * (load(back + j) - delta));
+            }
+            clear(row, keys, w);
+            clear(back, keys, w);
+        }
+    }
+}
+
+/* Writes the gradients of all five operands, and with `absorbed` those of what it says, its weights' added: qn, dout and dqn are then not looked at.
+   scratch: block G 2 S + n G (2 (N + R) + V + 1) + T (2 (N + R) + V) floats. */
 void attention_backward(const Shape *s, const Absorbed *absorbed, const Operand *qn, const Operand *qr, const Operand *kn, const Operand *kr,
                         const Operand *v, const Operand *out, const float *lse, const Operand *dout, const Operand *dqn, const Operand *dqr,
                         const Operand *dkn, const Operand *dkr, const Operand *dv, float *scratch)
 {
     i64 T = s->T, d = s->N + s->R, V = s->V, G = s->H / s->groups, most_rows = s->block * G, chunk = tokens_at_a_time(s, absorbed);
-    float *p = scratch, *ds = p + most_rows * apart(T), *q = ds + most_rows * apart(T), *dq = q + most_rows * d, *go = dq + most_rows * d,
-          *k = go + most_rows * V, *dk = k + T * d, *dvalue = dk + T * d, *deltas = dvalue + T * V;
+    int tiles = absorbed && by_tiles(s, absorbed);
+    float *p = scratch, *ds = p + most_rows * apart(T), *q = ds + most_rows * apart(T), *dq = q + chunk * G * d, *go = dq + chunk * G * d,
+          *k = go + chunk * G * V, *dk = k + T * d, *dvalue = dk + T * d, *deltas = dvalue + T * V;
     for (i64 b = 0; b < s->B; b++)
         for (i64 g = 0; g < s->groups; g++) {
-            const float *table = s->table + b * s->table_batch;
+            const float *table = s->table + b * s->table_batch, *value = at(*v, b, g);
             const int32_t *first = s->first ? s->first + b * T : 0;
             pack(at(*kn, b, g), kn->row, at(*kr, b, g), kr->row, s->turn_keys ? table : 0, s->R, 1.0f, k, d, T, s->N, s->R);
             memset(dk, 0, T * (d + V) * sizeof(float));
             for (i64 t = 0; t < T; t += chunk) {
                 i64 end = t + chunk < T ? t + chunk : T;
                 if (absorbed) {
-                    through('N', s->H, b, t, end - t, absorbed->dout, absorbed->V, absorbed->up_value, absorbed, dout, absorbed->C);
-                    gathered(s->H, b, t, end - t, absorbed->dout, absorbed->V, out, absorbed, absorbed->dup_value);
+                    absorb_queries(s, tiles, absorbed, qr, table, b, t, end - t, q);
+                    absorb_gradients(s, tiles, absorbed, out, b, t, end - t, go, deltas);
+                } else {
+                    pack_queries(s, qn, qr, table, b, g, t, end - t, q);
+                    pack_gradients(s, out, dout, b, g, t, end - t, go, deltas);
                 }
                 for (i64 q0 = t; q0 < end; q0 += s->block) {
-                    i64 n = q0 + s->block < end ? s->block : end - q0, lo = first ? first[q0] : 0, w = q0 + n - lo, wide = apart(w);
-                    const float *value = at(*v, b, g) + lo * v->row;
-                    pack_queries(s, qn, qr, table, b, g, q0, n, q);
-                    for (i64 i = q0, r = 0; i < q0 + n; i++)
-                        for (i64 h = g * G; h < (g + 1) * G; h++, r++) {
-                            const float *restrict oi = at(*out, b, h) + i * out->row, *restrict gi = at(*dout, b, h) + i * dout->row;
-                            float *restrict to = go + r * V, delta = 0.0f;
-                            for (i64 j = 0; j < V; j++) {
-                                to[j] = gi[j];
-                                delta += oi[j] * gi[j];
-                            }
-                            deltas[r] = delta;
-                        }
-                    gemm('N', 'T', n * G, w, d, 1.0f, q, d, k + lo * d, d, 0.0f, p, wide);
-                    gemm('N', 'T', n * G, w, V, 1.0f, go, V, value, v->row, 0.0f, ds, wide);
-                    for (i64 i = q0, r = 0; i < q0 + n; i++)
-                        for (i64 h = g * G; h < (g + 1) * G; h++, r++) {
-                            i64 count;
-                            Seen keys = seen(s, first, 0, lo, i);
-                            float *restrict row = visible(p + r * wide, keys.from, keys.to, &count), *restrict back = ds + (row - p);
-                            float log_sum = lse[(b * s->H + h) * T + i], delta = deltas[r];
-                            for (i64 j = 0; j < count; j++) {
-                                row[j] = exponential_below(row[j] - log_sum);
-                                back[j] = row[j] * (back[j] - delta);
-                            }
-                            clear(p + r * wide, keys.from, keys.to, w);
-                            clear(ds + r * wide, keys.from, keys.to, w);
-                        }
-                    gemm('T', 'N', w, V, n * G, 1.0f, p, wide, go, V, 1.0f, dvalue + lo * V, V);
-                    gemm('N', 'N', n * G, d, w, 1.0f, ds, wide, k + lo * d, d, 0.0f, dq, d);
-                    gemm('T', 'N', w, d, n * G, 1.0f, ds, wide, q, d, 1.0f, dk + lo * d, d);
-                    for (i64 i = 0; i < n; i++)
-                        unpack(dq + i * G * d, d, table + (q0 + i) * s->R, 0, s->scale, at(*dqn, b, g * G) + (q0 + i) * dqn->row, dqn->head,
-                               at(*dqr, b, g * G) + (q0 + i) * dqr->row, dqr->head, 0, G, s->N, s->R);
+                    i64 n = q0 + s->block < end ? s->block : end - q0, lo = first ? first[q0] : 0, w = q0 + n - lo, wide = apart(w), row = (q0 - t) * G;
+                    gemm('N', 'T', n * G, w, d, 1.0f, q + row * d, d, k + lo * d, d, 0.0f, p, wide);
+                    gemm('N', 'T', n * G, w, V, 1.0f, go + row * V, V, value + lo * v->row, v->row, 0.0f, ds, wide);
+                    softmax_backward(s, first, lo, q0, n, p, ds, wide, w, lse + (b * s->H + g * G) * T, deltas + row);
+                    gemm('T', 'N', w, V, n * G, 1.0f, p, wide, go + row * V, V, 1.0f, dvalue + lo * V, V);
+                    gemm('N', 'N', n * G, d, w, 1.0f, ds, wide, k + lo * d, d, 0.0f, dq + row * d, d);
+                    gemm('T', 'N', w, d, n * G, 1.0f, ds, wide, q + row * d, d, 1.0f, dk + lo * d, d);
                 }
                 if (absorbed) {
-                    through('T', s->H, b, t, end - t, dqn, absorbed->C, absorbed->up_key, absorbed, absorbed->dquery, absorbed->N);
-                    gathered(s->H, b, t, end - t, absorbed->query, absorbed->N, dqn, absorbed, absorbed->dup_key);
+                    const Absorbed *a = absorbed;
+                    heads_product(s, tiles, end - t, a->N, a->C, s->scale, packed(s, dq, d), (Matrix){a->down_key, a->down_row, 1, a->down_head},
+                                  at(*a->dquery, b, 0) + t * a->dquery->row, a->dquery->row, a->dquery->head, 0);
+                    heads_product(s, tiles, a->N, a->C, end - t, s->scale, transposed(rows_of(a->query, b, t)), packed(s, dq, d), a->dup_key, a->C,
+                                  a->up_head, 1);
                 }
+                unpack_queries(s, dq, table, absorbed ? 0 : dqn, dqr, b, g, t, end - t);
             }
-            unpack(dk, d, s->turn_keys ? table : 0, s->R, 1.0f, at(*dkn, b, g), dkn->row, at(*dkr, b, g), dkr->row, dkr->head == 0 && g > 0, T, s->N, s->R);
+            /* Queries were taken in powers of two. */
+            unpack(dk, d, s->turn_keys ? table : 0, s->R, LN_2, at(*dkn, b, g), dkn->row, at(*dkr, b, g), dkr->row, dkr->head == 0 && g > 0, T, s->N, s->R);
             for (i64 t = 0; t < T; t++) memcpy(at(*dv, b, g) + t * dv->row, dvalue + t * V, V * sizeof(float));
         }
 }

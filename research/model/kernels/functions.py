@@ -12,6 +12,8 @@ from research.model.kernels.native import loaded
 QUERIES, SCORES = 64, 2**20
 """Queries that attend at a time, of all heads that share their keys, and how many scores these make: what is held at once.
 A product of fewer rows than QUERIES is a slow one, however many keys there are."""
+TOKENS = 128
+"""Positions whose products around absorbed attention BLAS does at once, as in attention.c."""
 ROWS = 256
 """Assignments of one expert that are taken at a time."""
 
@@ -185,7 +187,9 @@ class _Absorbed(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("N", "V", "C")),
         *((name, ctypes.c_void_p) for name in ("up_key", "up_value", "dup_key", "dup_value")),
-        ("weight_head", ctypes.c_int64),
+        ("up_head", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("down_key", "down_value")),
+        *((name, ctypes.c_int64) for name in ("down_row", "down_head")),
         *((name, ctypes.POINTER(_Operand)) for name in ("query", "out", "dquery", "dout")),
     )
 
@@ -248,29 +252,26 @@ class _AbsorbedAttention(torch.autograd.Function):
                 before: Tensor | None, sizes: Sizes, scale: float) -> Tensor:  # fmt: skip
         query, latent, key_rope, weight, table = query.contiguous(), strided(latent), strided(key_rope), weight.contiguous(), turns(table)
         (batch, length), rank = query.shape[:2], latent.shape[-1]
-        absorbed, context = query.new_empty(batch, length, sizes.heads * rank), query.new_empty(batch, length, sizes.heads * rank)
-        out = query.new_empty(batch, length, sizes.heads * sizes.value)
-        operands = (*_absorbed_inputs(absorbed, query, latent, key_rope, latent, sizes, rank), _operand(context, rank))
+        context, out = query.new_empty(batch, length, sizes.heads * rank), query.new_empty(batch, length, sizes.heads * sizes.value)
+        operands = (*_absorbed_inputs(query, latent, key_rope, latent, sizes), _operand(context, rank))
         shape = _shape(query, latent, table, first, before, _inner(sizes, rank), scale, turn_keys=False)
-        lse = _attend(shape, operands, query, _absorbed(weight, None, query, out, None, None, sizes))
-        ctx.save_for_backward(query, latent, key_rope, weight, table, first, absorbed, context, lse)
+        lse = _attend(shape, operands, query, _Around(weight, sizes, query, out))
+        ctx.save_for_backward(query, latent, key_rope, weight, table, first, context, lse)
         ctx.sizes, ctx.scale = sizes, scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, latent, key_rope, weight, table, first, absorbed, context, lse = ctx.saved_tensors
+        query, latent, key_rope, weight, table, first, context, lse = ctx.saved_tensors
         sizes: Sizes = ctx.sizes
         gradient, rank = gradient.contiguous(), latent.shape[-1]
         dweight, dquery = torch.zeros_like(weight), torch.empty_like(query)
-        dcontext, dabsorbed = torch.empty_like(context), torch.empty_like(absorbed)
         dlatent, dlatent_value, dkey_rope = latent.new_empty(latent.shape), latent.new_empty(latent.shape), key_rope.new_empty(key_rope.shape)
-        operands = (*_absorbed_inputs(absorbed, query, latent, key_rope, latent, sizes, rank), _operand(context, rank))
+        operands = (*_absorbed_inputs(query, latent, key_rope, latent, sizes), _operand(context, rank))
         shape = _shape(query, latent, table, first, None, _inner(sizes, rank), ctx.scale, turn_keys=False)
-        grads = _absorbed_inputs(dabsorbed, dquery, dlatent, dkey_rope, dlatent_value, sizes, rank)
-        around = _absorbed(weight, dweight, query, None, dquery, gradient, sizes)
-        _attend_backward(shape, operands, lse, _operand(dcontext, rank), grads, query, around)
+        grads = _absorbed_inputs(dquery, dlatent, dkey_rope, dlatent_value, sizes)
+        _attend_backward(shape, operands, lse, None, grads, query, _Around(weight, sizes, query, None, dweight, dquery, gradient))
         return dquery, dlatent.add_(dlatent_value), dkey_rope, dweight, None, None, None, None, None
 
 
@@ -325,9 +326,9 @@ def _inputs(query: Tensor, key_value: Tensor, key_rope: Tensor | None, value: Te
     return *queries, _operand(key_value, rebuilt), _operand(key_rope, 0), _operand(key_value, rebuilt, sizes.nope)
 
 
-def _absorbed_inputs(absorbed: Tensor, query: Tensor, latent: Tensor, key_rope: Tensor, value: Tensor, sizes: Sizes, rank: int) -> tuple[Any, ...]:
-    queries = (_operand(absorbed, rank), _operand(query, sizes.key, sizes.nope))
-    return *queries, _operand(latent, 0), _operand(key_rope, 0), _operand(value, 0)
+def _absorbed_inputs(query: Tensor, latent: Tensor, key_rope: Tensor, value: Tensor, sizes: Sizes) -> tuple[Any, ...]:
+    """The same of attention to latents, whose queries without rotation are made block by block."""
+    return None, _operand(query, sizes.key, sizes.nope), _operand(latent, 0), _operand(key_rope, 0), _operand(value, 0)
 
 
 def _inner(sizes: Sizes, rank: int) -> Sizes:
@@ -335,16 +336,20 @@ def _inner(sizes: Sizes, rank: int) -> Sizes:
     return sizes._replace(groups=1, nope=rank, value=rank)
 
 
-def _absorbed(
-    weight: Tensor, dweight: Tensor | None, query: Tensor, out: Tensor | None, dquery: Tensor | None, dout: Tensor | None, sizes: Sizes
-) -> Any:
+class _Around:
     """Queries and outputs, (B, T, H (N + R)) and (B, T, H V), around the attention to latents, W^UK and W^UV inside kv_b_proj (H (N + V), C), and
-    the gradients of all."""
-    nope, rank = sizes.nope, weight.shape[1]
-    ups = [None if x is None else x.data_ptr() + 4 * offset * rank for x in (weight, dweight) for offset in (0, nope)]
-    operands = ((query, sizes.key), (out, sizes.value), (dquery, sizes.key), (dout, sizes.value))
-    places = [None if x is None else ctypes.pointer(_Operand(x.data_ptr(), x.stride(0), x.stride(1), width)) for x, width in operands]
-    return ctypes.byref(_Absorbed(nope, sizes.value, rank, *ups, (nope + sizes.value) * rank, *places))
+    the gradients of all; what the kernel gets the address of lives as long as this."""
+
+    def __init__(self, weight: Tensor, sizes: Sizes, query: Tensor, out: Tensor | None, dweight: Tensor | None = None,
+                 dquery: Tensor | None = None, dout: Tensor | None = None) -> None:  # fmt: skip
+        nope, rank, rows = sizes.nope, weight.shape[1], sizes.nope + sizes.value
+        down = weight.unflatten(0, (sizes.heads, rows)).transpose(1, 2).contiguous()
+        self.tensors = (weight, down, query, out, dweight, dquery, dout)
+        ups = [None if x is None else x.data_ptr() + 4 * offset * rank for x in (weight, dweight) for offset in (0, nope)]
+        downs = [down.data_ptr() + 4 * offset for offset in (0, nope)]
+        operands = ((query, sizes.key), (out, sizes.value), (dquery, sizes.key), (dout, sizes.value))
+        places = [None if x is None else ctypes.pointer(_Operand(x.data_ptr(), x.stride(0), x.stride(1), width)) for x, width in operands]
+        self.argument = ctypes.byref(_Absorbed(nope, sizes.value, rank, *ups, rows * rank, *downs, rows, rows * rank, *places))
 
 
 def _shape(query: Tensor, keys: Tensor, table: Tensor, first: Tensor | None, before: Tensor | None, sizes: Sizes, scale: float, *,
@@ -362,10 +367,11 @@ def _queries(keys: int, sizes: Sizes) -> int:
     return max(1, min(QUERIES, rows * sizes.groups // sizes.heads))
 
 
-def _scored(shape: _Shape) -> int:
-    """Rows of scores at a time."""
-    rows: int = shape.block * (shape.H // shape.groups)
-    return rows
+def _rows_at_a_time(shape: _Shape, around: _Around | None) -> tuple[int, int]:
+    """Rows of scores at a time; rows of queries, as many as the kernel may take."""
+    tokens = shape.block if around is None else -(-TOKENS // shape.block) * shape.block
+    heads = shape.H // shape.groups
+    return shape.block * heads, tokens * heads
 
 
 def _apart(keys: int) -> int:
@@ -373,20 +379,20 @@ def _apart(keys: int) -> int:
     return (-(-keys // 16) | 1) * 16
 
 
-def _attend(shape: _Shape, operands: tuple[Any, ...], like: Tensor, around: Any = None) -> Tensor:
+def _attend(shape: _Shape, operands: tuple[Any, ...], like: Tensor, around: _Around | None = None) -> Tensor:
     lse = like.new_empty(shape.B, shape.H, shape.T)
-    rows, width = _scored(shape), shape.N + shape.R
-    scratch = like.new_empty(rows * (_apart(shape.S) + width + shape.V + 1) + shape.S * width)
-    loaded().attention_forward(ctypes.byref(shape), around, *operands, pointer(lse), pointer(scratch))
+    (rows, queries), width = _rows_at_a_time(shape, around), shape.N + shape.R
+    scratch = like.new_empty(rows * (_apart(shape.S) + shape.V + 1) + (queries + shape.S) * width)
+    loaded().attention_forward(ctypes.byref(shape), around and around.argument, *operands, pointer(lse), pointer(scratch))
     return lse
 
 
 def _attend_backward(shape: _Shape, operands: tuple[Any, ...], lse: Tensor, gradient: Any, grads: tuple[Any, ...], like: Tensor,
-                     around: Any = None) -> None:  # fmt: skip
+                     around: _Around | None = None) -> None:  # fmt: skip
     assert shape.S == shape.T
-    rows, width = _scored(shape), shape.N + shape.R
-    scratch = like.new_empty(rows * (2 * _apart(shape.S) + 2 * width + shape.V + 1) + shape.T * (2 * width + shape.V))
-    loaded().attention_backward(ctypes.byref(shape), around, *operands, pointer(lse), gradient, *grads, pointer(scratch))
+    (rows, queries), width = _rows_at_a_time(shape, around), shape.N + shape.R
+    scratch = like.new_empty(2 * rows * _apart(shape.S) + queries * (2 * width + shape.V + 1) + shape.T * (2 * width + shape.V))
+    loaded().attention_backward(ctypes.byref(shape), around and around.argument, *operands, pointer(lse), gradient, *grads, pointer(scratch))
 
 
 def turns(table: Tensor) -> Tensor:

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from research.folders import cache_directory
 
-SOURCES = [Path(__file__).with_name(name) for name in ("kernels.c", "attention.c", "decoding.c")]
+SOURCES = [Path(__file__).with_name(name) for name in ("products.c", "kernels.c", "attention.c", "decoding.c")]
 HEADER = Path(__file__).with_name("kernels.h")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-shared", "-fPIC")
 SIGNATURES = {
     "set_sgemm": "p",
+    "set_all_by_blas": "i",
     "repeat_product": "cciiipipipii",
     "few_rows_product": "pppiii",
     "rms_norm": "pipfppii",
