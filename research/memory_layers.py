@@ -23,7 +23,7 @@ def attention_saved(model: ModelConfig, *, kernels: bool) -> dict[str, float]:
         saved |= {"query latent, 1 / rms, normed latent": 2.0 * a.q_lora_rank + 1} if a.q_lora_rank else {}
         saved |= {"latent and rotary key, 1 / rms, normed latent": 2.0 * a.kv_lora_rank + rotary + 1, "turned rotary key": rotary}
     if kernels and _absorbed(a):
-        return saved | {"absorbed queries, attended latents": 2.0 * heads * a.kv_lora_rank}
+        return saved | {"attended latents": float(heads * a.kv_lora_rank)}
     if kernels:
         return saved | {"keys and values": _rebuilt(a)}
     wide, groups = max(key, value), heads if a.kind == "mla" else a.key_value_heads
@@ -61,8 +61,8 @@ def swiglu(model: ModelConfig, *, experts: bool = False) -> bool:
 
 
 def hidden_tensors(*, gated: bool, fused: bool) -> int:
-    """Tensors of an FFN's hidden width: up and its activation, or gate, its activation (recomputed by the kernel), up and their product."""
-    return (3 if fused else 4) if gated else 2
+    """Tensors of an FFN's hidden width: up and its activation, or gate, its activation, up and their product (the kernel makes both anew)."""
+    return (2 if fused else 4) if gated else 2
 
 
 def experts_saved(model: ModelConfig, *, kernels: bool) -> dict[str, float]:
@@ -127,9 +127,9 @@ def layers(model: ModelConfig, *, kernels: bool) -> list[tuple[Layer, Layer]]:
 def _attention(model: ModelConfig, *, kernels: bool) -> Layer:
     a, d = model.attention, model.hidden_size
     heads, parameters = a.num_attention_heads, accounting.attention_parameters(a, d) + d
-    # Gradients: of the residual; of output, queries, keys and values; absorbed, the output's takes the place of the output.
+    # Gradients: of the residual; of output, queries, keys and values.
     if kernels and _absorbed(a):
-        each = d + heads * (a.qk_head_dim + 2.0 * a.kv_lora_rank) + 2 * a.kv_lora_rank + a.qk_rope_head_dim
+        each = d + heads * (a.v_head_dim + float(a.qk_head_dim)) + 2 * a.kv_lora_rank + a.qk_rope_head_dim
     elif kernels:
         each = d + heads * (a.v_head_dim + a.qk_head_dim) + float(_rebuilt(a))
     else:
@@ -140,8 +140,8 @@ def _attention(model: ModelConfig, *, kernels: bool) -> Layer:
 
 def _dense(model: ModelConfig, index: int, *, kernels: bool) -> Layer:
     d, parameters = model.hidden_size, accounting.ffn_parameters(model, index) + model.hidden_size
-    # Gradients of the residual, of the input and of the hidden activations, whose own tensors go meanwhile.
-    each = d + 2.0 * model.intermediate_size if kernels and swiglu(model) else 2.0 * d + model.intermediate_size
+    # Gradients of the residual, of the input and of the hidden activations, whose own tensors go meanwhile; the kernel has their product too.
+    each = d + 3.0 * model.intermediate_size if kernels and swiglu(model) else 2.0 * d + model.intermediate_size
     return Layer("dense FFN", parameters, sum(dense_saved(model, kernels=kernels).values()), 0.0, ((each, parameters),))
 
 
@@ -150,13 +150,16 @@ def _experts(model: ModelConfig, index: int, *, kernels: bool) -> Layer:
     assert moe is not None
     chosen, width = moe.num_experts_per_tok, moe.moe_intermediate_size
     down, up = moe.n_routed_experts * d * width, (2 if moe.gated_experts else 1) * moe.n_routed_experts * d * width
-    shared = (2.0 if fused else 1.0) * moe.n_shared_experts * width
-    gone = _shared_hidden(moe, fused=fused)  # shared experts go back first
-    moments: tuple[tuple[float, float], ...] = ((2.0 * d + shared, 0.0),)  # gradients of residual and layer; of the shared experts' hidden
+    hidden = float(moe.n_shared_experts * width)
     if fused:
-        moments += ((3.0 * d + chosen - gone, float(down + up)),)  # of the shared and the routed experts' input and of the gates; of all weights
+        moments: tuple[tuple[float, float], ...] = (
+            (d + 3 * hidden, 0.0),  # gradients of the residual and of the shared experts' hidden, and their product
+            (2.0 * d + chosen, down + up + 3 * d * hidden),  # of the residual, the input and the gates; of all weights
+        )
     else:
-        moments += (
+        gone = _shared_hidden(moe, fused=fused)  # shared experts go back first
+        moments = (
+            (2.0 * d + hidden, 0.0),  # gradients of residual and layer; of the shared experts' hidden
             (3.0 * d + chosen * d - gone, 0.0),  # of the shared experts' input; of the routed experts' outputs
             (3.0 * d + chosen * width - gone, 2.0 * down),  # those outputs are gone; weights' gradients exist a second time, transposed
             (3.0 * d - chosen * (_weighted_tensors(moe) - up / down) * width - gone, down + 2.0 * up),  # the hidden are gone, too

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from research.config import AttentionConfig, ModelConfig
 from research.model.cache import LayerCache, Place
-from research.model.kernels import functions, native, steps
+from research.model.kernels import attending, functions, native, steps
 from research.model.layers import Linear, RMSNorm, at_least_float32, rotate
 
 
@@ -58,10 +58,10 @@ def expansion_pays(config: AttentionConfig) -> float:
     return config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim) / surplus if surplus > 0 else math.inf
 
 
-def head_sizes(config: AttentionConfig) -> functions.Sizes:
+def head_sizes(config: AttentionConfig) -> attending.Sizes:
     """Heads and widths as the kernels want them."""
     groups = config.num_attention_heads if config.kind == "mla" else config.key_value_heads
-    return functions.Sizes(config.num_attention_heads, groups, config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim)
+    return attending.Sizes(config.num_attention_heads, groups, config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim)
 
 
 def first_of_document(documents: Tensor) -> Tensor:
@@ -75,6 +75,13 @@ def _visible(first: Tensor) -> Tensor:
     """bool (B, 1, T, T): each query sees the positions from `first` (B, T) up to its own."""
     position = torch.arange(first.shape[1], device=first.device)
     return ((position >= first[..., None]) & (position <= position[:, None]))[:, None]
+
+
+def _projected(x: Tensor, *projections: Linear) -> tuple[Tensor, ...]:
+    """Every projection of x (B, T, D)."""
+    if torch.is_grad_enabled() and native.usable(x, *(projection.weight for projection in projections)):
+        return functions.products(x, *(projection.weight for projection in projections))
+    return tuple(projection(x) for projection in projections)
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -101,13 +108,23 @@ class MultiHeadLatentAttention(nn.Module):
         self.o_proj = Linear(heads * a.v_head_dim, d)
         self.scale = softmax_scale(a)
 
-    def forward(self, x: Tensor, table: Tensor, cache: LayerCache | None = None, place: Place | None = None, first: Tensor | None = None) -> Tensor:
-        """x (B, T, D) -> (B, T, D); with a cache, x holds the positions of `place` and attends to what the cache gives back.
+    def forward(
+        self,
+        x: Tensor,
+        table: Tensor,
+        cache: LayerCache | None = None,
+        place: Place | None = None,
+        first: Tensor | None = None,
+        onto: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, T, D) -> (B, T, D), added to `onto`; with a cache, x holds the positions of `place` and attends to what the cache gives back.
 
         first: int32 (B, T), never decreasing, the first position that each may see, for sequences that are new as a whole; None: 0.
         """
-        query = self._query(x)
-        latent, key_rope = self._latent(x, table)
+        query, compressed = _projected(x, self.q_proj if self.config.q_lora_rank is None else self.q_a_proj, self.kv_a_proj_with_mqa)
+        if self.config.q_lora_rank is not None:
+            query = self.q_b_proj(self.q_a_layernorm(query))
+        latent, key_rope = self._latent(compressed, table)
         visible = None
         if cache is not None and place is not None:
             latent, key_rope = cache.append(place, latent, key_rope)
@@ -115,13 +132,13 @@ class MultiHeadLatentAttention(nn.Module):
         pays = expansion_pays(self.config)
         if (visible is None or not torch.is_grad_enabled()) and native.usable(query, latent, key_rope):  # behind a cache they give no gradients
             absorbed = pays == math.inf if visible is None else x.shape[1] < pays
-            return self.o_proj(self._by_kernels(query, latent, key_rope, table, None if visible is None else place, first, absorbed=absorbed))
+            return self.o_proj(self._by_kernels(query, latent, key_rope, table, None if visible is None else place, first, absorbed=absorbed), onto)
         query_nope, query_rope = self._split(query, table)
         # In plain PyTorch only the expanded form has a fused kernel that holds no (T, T) matrix.
         attend = self.absorbed if visible is not None and x.shape[1] < pays else self.expanded
         visible = _visible(first) if first is not None else visible
         heads = attend(query_nope, query_rope, latent, key_rope, visible)
-        return self.o_proj(heads.transpose(1, 2).flatten(2))
+        return self.o_proj(heads.transpose(1, 2).flatten(2), onto)
 
     def expanded(self, query_nope: Tensor, query_rope: Tensor, latent: Tensor, key_rope: Tensor, visible: Tensor | None = None) -> Tensor:
         """Queries (B, H, T, N) and (B, H, T, R), latent (B, S, C), rotary key (B, S, R) -> (B, H, T, V).
@@ -155,12 +172,8 @@ class MultiHeadLatentAttention(nn.Module):
         if place is not None and query.shape[1] <= FEW:
             return steps.latent_decode(query, latent, key_rope, weight, table, place.positions, sizes, self.scale)
         if absorbed:
-            return functions.absorbed_attention(query, latent, key_rope, weight, table, sizes, self.scale, first, before)
-        return functions.latent_attention(query, self.kv_b_proj(latent), key_rope, table, sizes, self.scale, first, before)
-
-    def _query(self, x: Tensor) -> Tensor:
-        """(B, T, H (N + R)), not yet turned."""
-        return self.q_proj(x) if self.config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+            return attending.absorbed_attention(query, latent, key_rope, weight, table, sizes, self.scale, first, before)
+        return attending.latent_attention(query, self.kv_b_proj(latent), key_rope, table, sizes, self.scale, first, before)
 
     def _split(self, query: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         a = self.config
@@ -168,9 +181,9 @@ class MultiHeadLatentAttention(nn.Module):
         nope, rope = query.split((a.qk_nope_head_dim, a.qk_rope_head_dim), -1)
         return nope, rotate(rope, table)
 
-    def _latent(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    def _latent(self, compressed: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         a = self.config
-        latent, key_rope = self.kv_a_proj_with_mqa(x).split((a.kv_lora_rank, a.qk_rope_head_dim), -1)
+        latent, key_rope = compressed.split((a.kv_lora_rank, a.qk_rope_head_dim), -1)
         return self.kv_a_layernorm(latent), rotate(key_rope[:, None], table)[:, 0]
 
 
@@ -188,21 +201,29 @@ class GroupedAttention(nn.Module):
         self.o_proj = Linear(a.num_attention_heads * a.v_head_dim, d)
         self.scale = softmax_scale(a)
 
-    def forward(self, x: Tensor, table: Tensor, cache: LayerCache | None = None, place: Place | None = None, first: Tensor | None = None) -> Tensor:
-        """x (B, T, D) -> (B, T, D); the rest as in `MultiHeadLatentAttention`."""
+    def forward(
+        self,
+        x: Tensor,
+        table: Tensor,
+        cache: LayerCache | None = None,
+        place: Place | None = None,
+        first: Tensor | None = None,
+        onto: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, T, D) -> (B, T, D), added to `onto`; the rest as in `MultiHeadLatentAttention`."""
         a = self.config
+        query, key, value = _projected(x, self.q_proj, self.k_proj, self.v_proj)
         if cache is None:
-            query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
             if native.usable(query, key, value):
-                return self.o_proj(functions.grouped_attention(query, key, value, table, head_sizes(a), self.scale, first))
+                return self.o_proj(attending.grouped_attention(query, key, value, table, head_sizes(a), self.scale, first), onto)
         visible = None if first is None else _visible(first)
-        query = self._rotated(self.q_proj(x), a.num_attention_heads, table)
-        key = self._rotated(self.k_proj(x), a.key_value_heads, table)
-        value = self.v_proj(x).unflatten(-1, (a.key_value_heads, -1)).transpose(1, 2)
+        query = self._rotated(query, a.num_attention_heads, table)
+        key = self._rotated(key, a.key_value_heads, table)
+        value = value.unflatten(-1, (a.key_value_heads, -1)).transpose(1, 2)
         if cache is not None and place is not None:
             key, value = cache.append(place, key, value)
             visible = place.visible if place.visible is not None else visible
-        return self.o_proj(softmax_attention(query, key, value, visible, scale=self.scale).transpose(1, 2).flatten(2))
+        return self.o_proj(softmax_attention(query, key, value, visible, scale=self.scale).transpose(1, 2).flatten(2), onto)
 
     def _rotated(self, x: Tensor, heads: int, table: Tensor) -> Tensor:
         a = self.config

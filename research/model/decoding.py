@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from research.model.attention import FEW, MultiHeadLatentAttention, head_sizes
 from research.model.cache import Cache, LayerCache, Place, PlainRows
 from research.model.experts import RoutedExperts
-from research.model.kernels import functions, native, steps
+from research.model.kernels import attending, functions, native, steps
 from research.model.layers import FeedForward, RMSNorm
 from research.model.moe import MoE
 from research.model.router import Routing
@@ -69,7 +69,7 @@ class Blocks:
     def step(self, x: Tensor, table: Tensor, place: Place) -> tuple[Tensor, dict[int, Routing]]:
         """x (B, T, D) behind the last block, and the routings by layer index."""
         x = x.clone(memory_format=torch.contiguous_format)
-        ids, gates, scores = self._steps(x, functions.turns(table), place.positions.contiguous(), place.end)
+        ids, gates, scores = self._steps(x, attending.turns(table), place.positions.contiguous(), place.end)
         kept = torch.ones_like(ids, dtype=torch.bool)
         return x, dict(zip(self._routed, map(Routing, ids.unbind(), gates.unbind(), scores.unbind(), kept.unbind()), strict=True))
 

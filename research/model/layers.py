@@ -28,11 +28,16 @@ class Linear(nn.Linear):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        few = x.numel() <= functions.FEW_ROWS * self.in_features
-        if few and not torch.is_grad_enabled() and native.usable(x, self.weight):
-            return functions.few_rows_product(x, self.weight)
-        return F.linear(x, self.weight)
+    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """The product, added to `onto`."""
+        few = x.numel() <= functions.FEW_ROWS * self.in_features and not torch.is_grad_enabled()
+        if few and native.usable(x, self.weight):
+            out = functions.few_rows_product(x, self.weight)
+        elif onto is not None and not few and native.usable(x, self.weight, onto):
+            return torch.addmm(onto.flatten(0, -2), x.flatten(0, -2), self.weight.T).view(onto.shape)
+        else:
+            out = F.linear(x, self.weight)
+        return out if onto is None else onto + out
 
 
 class _Normalise(torch.autograd.Function):
@@ -72,6 +77,10 @@ class RMSNorm(nn.Module):
             return _Normalise.apply(wide, weight, self.eps).to(x.dtype)
         return F.rms_norm(wide, weight.shape, weight, self.eps).to(x.dtype)
 
+    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x for a residual connection, and what is normalised."""
+        return functions.normalise_beside(x, self.weight, self.eps) if native.usable(x, self.weight) else (x, self(x))
+
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
@@ -89,13 +98,20 @@ class FeedForward(nn.Module):
         self.up_proj = Linear(hidden_size, intermediate_size)
         self.down_proj = Linear(intermediate_size, hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """Added to `onto`."""
         if self.gate_proj is None:
-            return self.down_proj(self.activation(self.up_proj(x)))
+            return self.down_proj(self.activation(self.up_proj(x)), onto)
+        swiglu = self.activation is F.silu and native.usable(x, *self.weights())
+        if swiglu and torch.is_grad_enabled():
+            return functions.feed_forward(x, *self.weights(), onto)
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if self.activation is F.silu and native.usable(gate, up):
-            return self.down_proj(functions.swiglu(gate, up))
-        return self.down_proj(self.activation(gate) * up)
+        return self.down_proj(functions.swiglu(gate, up) if swiglu else self.activation(gate) * up, onto)
+
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of gate, up and down of a gated one."""
+        assert self.gate_proj is not None
+        return self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
 
 
 def rotary_frequencies(

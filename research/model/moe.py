@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from research.config import ModelConfig
 from research.model.experts import RoutedExperts
+from research.model.kernels import functions, native
 from research.model.layers import FeedForward, at_least_float32, autocast_on
 from research.model.router import Decided, Routing, drop, hash_table, route, route_by_hash
 from research.parallel.world import ALONE, World
@@ -43,9 +44,14 @@ class MoE(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, ids: Tensor, protected_B: Tensor | Decided | None = None, chance: torch.Generator | None = None
+        self,
+        x: Tensor,
+        ids: Tensor,
+        protected_B: Tensor | Decided | None = None,
+        chance: torch.Generator | None = None,
+        onto: Tensor | None = None,
     ) -> tuple[Tensor, Routing]:
-        """x (B, T, D) of tokens ids (B, T) -> the FFN's output (B, T, D) without the residual, and the routing of the B * T tokens.
+        """x (B, T, D) of tokens ids (B, T) -> the FFN's output (B, T, D), added to `onto`, and the routing of the B * T tokens.
 
         `protected_B` turns dropping on and marks the sequences that a device's budget spares; None (evaluation) drops nothing,
         and `Decided` what was decided before, chance included.
@@ -60,8 +66,19 @@ class MoE(nn.Module):
             routing = protected_B.apply(routing, self.layer)
         elif protected_B is not None:
             routing = drop(routing, self.config, protected_B.repeat_interleave(x.shape[1]), self.world)
-        routed = self.experts.begin(flat, routing)  # with several workers: the tokens travel meanwhile
-        if self.shared_experts is None:
-            return routed().view_as(x), routing
-        shared = self.shared_experts(x)
-        return routed().view_as(x) + shared, routing
+        shared = self.shared_experts
+        if shared is not None and torch.is_grad_enabled() and self._fused(x, shared):
+            base = None if onto is None else onto.flatten(0, 1)
+            routed, both = (self.experts.gate_up_proj, self.experts.down_proj), shared.weights()
+            out = functions.sparse_feed_forward(flat, routing.gates_MK, routing.expert_ids_MK, routing.kept_MK, both, routed, base)
+            return out.view_as(x), routing
+        finish = self.experts.begin(flat, routing)  # with several workers: the tokens travel meanwhile
+        if shared is not None:
+            onto = shared(x, onto)
+        out = finish().view_as(x)
+        return out if onto is None else onto + out, routing
+
+    def _fused(self, x: Tensor, shared: FeedForward) -> bool:
+        """Whether shared and routed experts are one function of the kernels: SwiGLU, all of them here."""
+        here = isinstance(self.experts, RoutedExperts) and self.config.gated_experts and shared.activation is F.silu
+        return here and native.usable(x, *shared.weights(), self.experts.gate_up_proj, self.experts.down_proj)

@@ -58,12 +58,13 @@ class Block(nn.Module):
         chance: torch.Generator | None,
         first: Tensor | None,
     ) -> tuple[Tensor, Routing | None]:
-        x = x + self.self_attn(self.input_layernorm(x), table, cache, place, first)
-        normed = self.post_attention_layernorm(x)
+        x, normed = self.input_layernorm.beside(x)
+        x = self.self_attn(normed, table, cache, place, first, onto=x)
+        x, normed = self.post_attention_layernorm.beside(x)
         if isinstance(self.mlp, MoE):
-            out, routing = self.mlp(normed, ids, protected_B, chance)
-            return x + out, routing
-        return x + self.mlp(normed), None
+            out: tuple[Tensor, Routing] = self.mlp(normed, ids, protected_B, chance, onto=x)
+            return out
+        return self.mlp(normed, onto=x), None
 
 
 class Transformer(nn.Module):

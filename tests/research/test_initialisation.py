@@ -30,7 +30,7 @@ def test_activations_and_gradients_keep_their_size_through_depth(name, layers):
 
     for block in model.layers:
         block.register_forward_pre_hook(watch)
-        block.self_attn.register_forward_hook(lambda _, __, out: branches.append(rms(out)))
+        block.self_attn.register_forward_hook(lambda _, __, given, out: branches.append(rms(out - given["onto"])), with_kwargs=True)
     model.norm.register_forward_pre_hook(watch)
     ids = torch.randint(0, config.vocab_size, (2, 65), generator=torch.Generator().manual_seed(1))
     loss = language_loss(model(ids[:, :-1]).logits, ids[:, 1:])

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from research.model.cache import Cache
 from research.model.experts import looped_experts
-from research.model.kernels import functions, native, steps
+from research.model.kernels import attending, functions, native, steps
 from research.model.layers import rotary_table, rotate
 from research.model.router import Routing
 from research.model.transformer import language_loss
@@ -61,10 +61,39 @@ def test_rms_norm_of_a_slice_reads_the_slice():
     agree(lambda x, w: functions.normalise(x[..., :7], w, 1e-6), lambda x, w: F.rms_norm(x[..., :7], (7,), w, 1e-6), [whole, normal(7, seed=2)])
 
 
+def test_the_gradient_of_a_residual_connection_is_added_in_its_norm():
+    def exact(x, weight):
+        return x * 3 + x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
+
+    def fast(x, weight):
+        same, y = functions.normalise_beside(x, weight, 1e-6)
+        return same * 3 + y
+
+    inputs = [normal(5, 9, 33), 1 + 0.3 * normal(33, seed=1)]
+    agree(fast, exact, inputs)
+    agree(lambda x, w: functions.normalise_beside(x, w, 1e-6)[1], lambda x, w: exact(x, w) - 3 * x, inputs)
+    agree(lambda x, w: functions.normalise_beside(x, w, 1e-6)[0] * w, lambda x, w: x * w, inputs)
+    agree(lambda x, w: fast(x[..., 1:12], w[1:12]), lambda x, w: exact(x[..., 1:12], w[1:12]), inputs)
+
+
+@settings(max_examples=10, deadline=None)
+@given(rows=st.integers(1, 30), size=st.integers(1, 40), widths=st.lists(st.integers(1, 40), min_size=1, max_size=3))
+def test_products_of_one_input(rows, size, widths):
+    inputs = [normal(2, rows, size), *(normal(width, size, seed=i) for i, width in enumerate(widths, 1))]
+    agree(lambda *x: torch.cat(functions.products(*x), -1), lambda x, *w: torch.cat([x @ one.T for one in w], -1), inputs)
+
+
+def ffn(x, gate, up, down):
+    return (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+
 @settings(max_examples=20, deadline=None)
-@given(size=st.integers(1, 300), scale=st.sampled_from([0.1, 1.0, 30.0]))
-def test_swiglu(size, scale):
-    agree(functions.swiglu, lambda g, u: F.silu(g) * u, [normal(size) * scale, normal(size, seed=1)])
+@given(rows=st.integers(1, 40), size=st.integers(1, 40), width=st.integers(1, 40), scale=st.sampled_from([0.1, 1.0, 30.0]), onto=st.booleans())
+def test_feed_forward(rows, size, width, scale, onto):
+    gate, up = normal(width, size, seed=1) / size**0.5 * scale, normal(width, size, seed=2)
+    torch.testing.assert_close(functions.swiglu(gate, up), F.silu(gate) * up)
+    inputs = [normal(2, rows, size), gate, up, normal(size, width, seed=3), *([normal(2, rows, size, seed=4)] if onto else [])]
+    agree(functions.feed_forward, lambda *x: ffn(*x[:4]) + (x[4] if onto else 0.0), inputs)
 
 
 @st.composite
@@ -95,6 +124,12 @@ def test_routed_experts_against_the_loop_over_tokens_and_choices(routing, size, 
 
     inputs = [normal(len(ids), size), gates, normal(experts, 2 * width, size, seed=1), normal(experts, size, width, seed=2)]
     agree(lambda x, gates, *w: functions.routed_experts(x, gates, ids, kept, *w), exact, inputs)
+    shared = [normal(width, size, seed=4), normal(width, size, seed=5), normal(size, width, seed=6), normal(len(ids), size, seed=7)]
+    agree(
+        lambda x, gates, a, b, *w: functions.sparse_feed_forward(x, gates, ids, kept, w[:3], (a, b), w[3]),
+        lambda x, gates, a, b, *w: exact(x, gates, a, b) + ffn(x, *w[:3]) + w[3],
+        [*inputs, *shared],
+    )
 
 
 @settings(max_examples=25, deadline=None)
@@ -154,7 +189,7 @@ def softmax_reference(query, key, value, first, scale):
     seed=st.integers(0, 99),
 )
 def test_latent_attention(batch, length, heads, nope, rope, value, documents, yarn, seed):
-    sizes = functions.Sizes(heads, heads, nope, rope, value)
+    sizes = attending.Sizes(heads, heads, nope, rope, value)
     table = rotary_table(torch.arange(length), rope, 100.0, yarn=YARN if yarn else None)
     wide = table.to(torch.complex128)  # the same angles: at position 88 those of float64 are 5e-6 away, which is the table's and not the kernel's
     first = None
@@ -171,12 +206,12 @@ def test_latent_attention(batch, length, heads, nope, rope, value, documents, ya
 
     shapes = [(batch, length, heads * (nope + rope)), (batch, length, heads * (nope + value)), (batch, length, rope)]
     inputs = [normal(*shape, seed=seed + i) for i, shape in enumerate(shapes)]
-    agree(lambda q, kv, kr: functions.latent_attention(q, kv, kr, table, sizes, 0.7, first), exact, inputs)
+    agree(lambda q, kv, kr: attending.latent_attention(q, kv, kr, table, sizes, 0.7, first), exact, inputs)
 
     # The absorbed form is the same function of the latent and the weight that rebuilds keys and values.
     weight = normal(heads * (nope + value), rank := 3, seed=seed + 9)
     agree(
-        lambda q, c, kr, w: functions.absorbed_attention(q, c, kr, w, table, sizes, 0.7, first),
+        lambda q, c, kr, w: attending.absorbed_attention(q, c, kr, w, table, sizes, 0.7, first),
         lambda q, c, kr, w: exact(q, c @ w.T, kr),
         [inputs[0], normal(batch, length, rank, seed=seed + 7), inputs[2], weight],
     )
@@ -195,7 +230,7 @@ def test_latent_attention(batch, length, heads, nope, rope, value, documents, ya
 )
 def test_new_positions_over_a_cache_of_unequal_lengths(lengths, new, heads, nope, value, rank, chunk, seed):
     """All three forms, against a softmax over the rows that each position may see."""
-    batch, end, sizes = len(lengths), max(lengths) + new, functions.Sizes(heads, heads, nope, 2, value)
+    batch, end, sizes = len(lengths), max(lengths) + new, attending.Sizes(heads, heads, nope, 2, value)
     before = torch.tensor(lengths)
     positions = before[:, None] + torch.arange(new)
     query, weight = normal(batch, new, heads * (nope + 2), seed=seed), normal(heads * (nope + value), rank, seed=seed + 1)
@@ -212,8 +247,8 @@ def test_new_positions_over_a_cache_of_unequal_lengths(lengths, new, heads, nope
         patch.setattr(steps, "CHUNK_BYTES", chunk)
         said = {
             "decode": steps.latent_decode(query, latent, key_rope, weight, table, positions, sizes, 0.7),
-            "absorbed": functions.absorbed_attention(query, latent, key_rope, weight, table, sizes, 0.7, before=before),
-            "expanded": functions.latent_attention(query, latent @ weight.T, key_rope, table, sizes, 0.7, before=before),
+            "absorbed": attending.absorbed_attention(query, latent, key_rope, weight, table, sizes, 0.7, before=before),
+            "expanded": attending.latent_attention(query, latent @ weight.T, key_rope, table, sizes, 0.7, before=before),
         }
     for form, out in said.items():
         torch.testing.assert_close(
@@ -223,7 +258,7 @@ def test_new_positions_over_a_cache_of_unequal_lengths(lengths, new, heads, nope
 
 def test_decoding_copies_nothing_of_the_cache():
     """What a step allocates does not grow with what is cached."""
-    sizes, weight = functions.Sizes(2, 2, 4, 2, 3), normal(14, 8)
+    sizes, weight = attending.Sizes(2, 2, 4, 2, 3), normal(14, 8)
     table = rotary_table(torch.tensor([499]), 2, 100.0)
     allocated = []
     for room in (600, 6000):
@@ -247,7 +282,7 @@ def test_decoding_copies_nothing_of_the_cache():
 )
 def test_grouped_attention(batch, length, groups, per_group, nope, value, seed):
     heads, width = groups * per_group, nope + 4
-    sizes = functions.Sizes(heads, groups, nope, 4, value)
+    sizes = attending.Sizes(heads, groups, nope, 4, value)
     table = rotary_table(torch.arange(length), 4, 100.0)
     wide = table.to(torch.complex128)
 
@@ -261,23 +296,23 @@ def test_grouped_attention(batch, length, groups, per_group, nope, value, seed):
         return softmax_reference(turned(query, heads), key, value, None, 0.5).transpose(1, 2).flatten(2)
 
     inputs = [normal(batch, length, n, seed=seed + i) for i, n in enumerate((heads * width, groups * width, groups * value))]
-    agree(lambda q, k, v: functions.grouped_attention(q, k, v, table, sizes, 0.5), exact, inputs)
+    agree(lambda q, k, v: attending.grouped_attention(q, k, v, table, sizes, 0.5), exact, inputs)
 
 
 def test_gradients_and_inputs_may_lie_in_any_order():
     """An expanded or a transposed gradient, sequences of one position, rows whose stride says nothing."""
-    sizes, table = functions.Sizes(3, 3, 8, 4, 8), rotary_table(torch.arange(70), 4, 100.0)
+    sizes, table = attending.Sizes(3, 3, 8, 4, 8), rotary_table(torch.arange(70), 4, 100.0)
     latent, weight = normal(2, 70, 5, seed=5), normal(48, 5, seed=6)
     forms = {
         "expanded": (
-            lambda *x: functions.latent_attention(*x, table, sizes, 0.3),
+            lambda *x: attending.latent_attention(*x, table, sizes, 0.3),
             [normal(2, 70, 36), normal(2, 70, 48, seed=1), normal(2, 70, 4, seed=2)],
         ),
         "grouped": (
-            lambda *x: functions.grouped_attention(*x, table, sizes, 0.3),
+            lambda *x: attending.grouped_attention(*x, table, sizes, 0.3),
             [normal(2, 70, 36), normal(2, 70, 36, seed=1), normal(2, 70, 24, seed=2)],
         ),
-        "absorbed": (lambda *x: functions.absorbed_attention(*x, table, sizes, 0.3), [normal(2, 70, 36), latent, normal(2, 70, 4, seed=2), weight]),
+        "absorbed": (lambda *x: attending.absorbed_attention(*x, table, sizes, 0.3), [normal(2, 70, 36), latent, normal(2, 70, 4, seed=2), weight]),
     }
     whole = normal(2, 24, 70, seed=7).transpose(1, 2)
     for name, (form, inputs) in forms.items():
@@ -290,13 +325,13 @@ def test_gradients_and_inputs_may_lie_in_any_order():
     torch.testing.assert_close(functions.normalise(x, torch.ones(8), 1e-6), F.rms_norm(x, (8,), torch.ones(8), 1e-6))
     one = normal(1, 3, 36).transpose(0, 1)  # three sequences of one position, with the strides of one of three
     inputs = [normal(1, 3, 5, seed=5).transpose(0, 1), normal(1, 3, 4, seed=2).transpose(0, 1)]
-    said = functions.absorbed_attention(one, *inputs, weight, table[:1], sizes, 0.3)
-    assert torch.equal(said, functions.absorbed_attention(one.clone(memory_format=torch.contiguous_format), *inputs, weight, table[:1], sizes, 0.3))
+    said = attending.absorbed_attention(one, *inputs, weight, table[:1], sizes, 0.3)
+    assert torch.equal(said, attending.absorbed_attention(one.clone(memory_format=torch.contiguous_format), *inputs, weight, table[:1], sizes, 0.3))
 
 
 def test_padding_beyond_the_cache_reads_nothing_there():
     """Positions after the last row belong to padding: what lies in memory behind the rows must not reach a real one."""
-    sizes, weight = functions.Sizes(2, 2, 4, 2, 3), normal(14, 8)
+    sizes, weight = attending.Sizes(2, 2, 4, 2, 3), normal(14, 8)
     room = torch.full((2, 12, 10), math.nan)
     room[:, :8] = normal(2, 8, 10, seed=1)
     latent, key_rope = room[:, :8, :8], room[:, :8, 8:]
@@ -320,10 +355,10 @@ def test_behind_a_cache_gradients_are_left_to_torch():
 @pytest.mark.parametrize("scale", [0.0, 1.0, 100.0, 1e4])
 def test_scores_of_any_size_give_probabilities(scale):
     """The exponential from 1 down to what float32 holds; the largest score of a row may lie anywhere."""
-    sizes = functions.Sizes(1, 1, 4, 2, 3)
+    sizes = attending.Sizes(1, 1, 4, 2, 3)
     table = rotary_table(torch.arange(90), 2, 100.0)
     key_value = torch.cat((normal(1, 90, 4), torch.ones(1, 90, 3)), -1)
-    out = functions.latent_attention(normal(1, 90, 6, seed=1) * scale, key_value, normal(1, 90, 2, seed=2), table, sizes, 1.0)
+    out = attending.latent_attention(normal(1, 90, 6, seed=1) * scale, key_value, normal(1, 90, 2, seed=2), table, sizes, 1.0)
     torch.testing.assert_close(out, torch.ones(1, 90, 3), atol=1e-5, rtol=0)
 
 
@@ -355,8 +390,8 @@ def test_experts_are_chosen_even_where_scores_are_no_numbers():
 def test_what_is_not_a_number_comes_through():
     bad = normal(1, 70, 6)
     bad[0, 33, 1] = math.nan
-    sizes = functions.Sizes(1, 1, 4, 2, 3)
-    out = functions.latent_attention(bad, normal(1, 70, 7), normal(1, 70, 2), rotary_table(torch.arange(70), 2, 100.0), sizes, 1.0)
+    sizes = attending.Sizes(1, 1, 4, 2, 3)
+    out = attending.latent_attention(bad, normal(1, 70, 7), normal(1, 70, 2), rotary_table(torch.arange(70), 2, 100.0), sizes, 1.0)
     assert out.isnan().any(-1)[0].nonzero().flatten().tolist() == [33]
     assert functions.swiglu(torch.tensor([math.nan, 1.0]), torch.ones(2)).isnan().tolist() == [True, False]
     assert functions.normalise(torch.tensor([[math.nan, 1.0]]), torch.ones(2), 1e-6).isnan().all()

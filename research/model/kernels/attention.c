@@ -138,11 +138,28 @@ static inline float total(vec v)
     return sum;
 }
 
+/* Memory that is wanted soon, `rows` pieces of it: rows of all heads, read and written a head at a time, are no pattern that the processor foresees,
+   and each line would be waited for.  While a row of scores is worked at there is time to fetch a piece. */
+enum { STREAMS = 4, LINE = 16 };
+typedef struct { const float *from[STREAMS]; i64 piece[STREAMS]; } Ahead;
+
+static void soon(Ahead *a, int stream, const Operand *o, i64 b, i64 t, i64 n, i64 rows)
+{
+    a->from[stream] = at(*o, b, 0) + t * o->row;
+    a->piece[stream] = (n * o->row + rows * LINE - 1) / (rows * LINE) * LINE;
+}
+
+static inline void fetch(Ahead *a)
+{
+    for (int i = 0; i < STREAMS; i++)
+        for (const float *end = a->from[i] + a->piece[i]; a->from[i] < end; a->from[i] += LINE) __builtin_prefetch(a->from[i], 0, 2);
+}
+
 /* Of queries begin .. begin + n and their heads: rows of w scores (n G, `wide`), in powers of two, become 2^(score - largest) where they are
    seen, and 0 elsewhere; with them 1 / their sums, and lse.  By turns and not row by row: within a row everything waits for its largest, and
    then for its sum. */
 static void softmax(const Shape *s, const int32_t *first, i64 before, i64 lo, i64 begin, i64 n, float *p, i64 wide, i64 w, float *most, float *inverse,
-                    float *lse)
+                    float *lse, Ahead *ahead)
 {
     i64 G = s->H / s->groups;
     for (i64 i = begin, r = 0; i < begin + n; i++) {
@@ -157,6 +174,7 @@ static void softmax(const Shape *s, const int32_t *first, i64 before, i64 lo, i6
         for (i64 h = 0; h < G; h++, r++) {
             float *row = p + r * wide;
             vec sum = (vec){0};
+            fetch(ahead);
             for (i64 j = keys.begin; j < keys.end; j += LANES) {
                 vec power = power_of_two(load(row + j) - most[r]);
                 store(row + j, power);
@@ -265,10 +283,16 @@ void attention_forward(const Shape *s, const Absorbed *absorbed, const Operand *
                 for (i64 q0 = t; q0 < end; q0 += s->block) {
                     i64 n = q0 + s->block < end ? s->block : end - q0, lo = first ? first[q0] : 0;
                     i64 w = (q0 + n + before < S ? q0 + n + before : S) - lo, wide = apart(w);
+                    Ahead ahead = {0};
+                    if (absorbed) {
+                        soon(&ahead, 0, out, b, q0, n, n * G);
+                        soon(&ahead, 1, absorbed->out, b, q0, n, n * G);
+                        soon(&ahead, 2, absorbed->query, b, q0 + n, s->block, n * G);
+                    }
                     gemm('N', 'T', n * G, w, d, 1.0f, q + (q0 - t) * G * d, d, k + lo * d, d, 0.0f, p, wide);
                     for (i64 i = 0, some = (WHOLE + G - 1) / G; i < n; i += some)
                         softmax(s, first, before, lo, q0 + i, n - i < some ? n - i : some, p + i * G * wide, wide, w, o, inverse + i * G,
-                                lse + (b * s->H + g * G) * T);
+                                lse + (b * s->H + g * G) * T, &ahead);
                     gemm('N', 'N', n * G, V, w, 1.0f, p, wide, at(*v, b, g) + lo * v->row, v->row, 0.0f, o, V);
                     for (i64 i = q0, r = 0; i < q0 + n; i++)
                         for (i64 h = g * G; h < (g + 1) * G; h++, r++) {
@@ -318,7 +342,7 @@ static void absorb_gradients(const Shape *s, int tiles, const Absorbed *a, const
 
 /* Of rows of w scores, in powers of two, and the gradients of the probabilities: these probabilities, and the scores' gradients. */
 static void softmax_backward(const Shape *s, const int32_t *first, i64 lo, i64 begin, i64 n, float *p, float *ds, i64 wide, i64 w, const float *lse,
-                             const float *deltas)
+                             const float *deltas, Ahead *ahead)
 {
     i64 G = s->H / s->groups;
     for (i64 i = begin, r = 0; i < begin + n; i++) {
@@ -326,6 +350,7 @@ static void softmax_backward(const Shape *s, const int32_t *first, i64 lo, i64 b
         for (i64 h = 0; h < G; h++, r++) {
             float *row = p + r * wide, *back = ds + r * wide, log_sum = lse[h * s->T + i], delta = deltas[r];
             mask(row, keys, -INFINITY);
+            fetch(ahead);
             for (i64 j = keys.begin; j < keys.end; j += LANES) {
                 vec power = power_of_two(load(row + j) - log_sum);
                 store(row + j, power);
@@ -364,9 +389,16 @@ void attention_backward(const Shape *s, const Absorbed *absorbed, const Operand 
                 }
                 for (i64 q0 = t; q0 < end; q0 += s->block) {
                     i64 n = q0 + s->block < end ? s->block : end - q0, lo = first ? first[q0] : 0, w = q0 + n - lo, wide = apart(w), row = (q0 - t) * G;
+                    Ahead ahead = {0};
+                    if (absorbed) {
+                        soon(&ahead, 0, absorbed->dquery, b, q0, n, n * G);
+                        soon(&ahead, 1, absorbed->query, b, q0 + n, s->block, n * G);
+                        soon(&ahead, 2, absorbed->dout, b, q0 + n, s->block, n * G);
+                        soon(&ahead, 3, out, b, q0 + n, s->block, n * G);
+                    }
                     gemm('N', 'T', n * G, w, d, 1.0f, q + row * d, d, k + lo * d, d, 0.0f, p, wide);
                     gemm('N', 'T', n * G, w, V, 1.0f, go + row * V, V, value + lo * v->row, v->row, 0.0f, ds, wide);
-                    softmax_backward(s, first, lo, q0, n, p, ds, wide, w, lse + (b * s->H + g * G) * T, deltas + row);
+                    softmax_backward(s, first, lo, q0, n, p, ds, wide, w, lse + (b * s->H + g * G) * T, deltas + row, &ahead);
                     gemm('T', 'N', w, V, n * G, 1.0f, p, wide, go + row * V, V, 1.0f, dvalue + lo * V, V);
                     gemm('N', 'N', n * G, d, w, 1.0f, ds, wide, k + lo * d, d, 0.0f, dq + row * d, d);
                     gemm('T', 'N', w, d, n * G, 1.0f, ds, wide, q + row * d, d, 1.0f, dk + lo * d, d);

@@ -1,6 +1,5 @@
 """The kernels as differentiable functions; each says what its plain PyTorch twin is, and `native.usable` says when to call it."""
 
-import ctypes
 from typing import Any, NamedTuple
 
 import torch
@@ -9,11 +8,6 @@ from torch.autograd.function import once_differentiable
 
 from research.model.kernels.native import loaded
 
-QUERIES, SCORES = 64, 2**20
-"""Queries that attend at a time, of all heads that share their keys, and how many scores these make: what is held at once.
-A product of fewer rows than QUERIES is a slow one, however many keys there are."""
-TOKENS = 128
-"""Positions whose products around absorbed attention BLAS does at once, as in attention.c."""
 ROWS = 256
 """Assignments of one expert that are taken at a time."""
 
@@ -54,6 +48,14 @@ def _normalised(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return y, inverse
 
 
+def _normalise_backward(gradient: Tensor, beside: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    gradient, beside = gradient.contiguous(), None if beside is None else beside.contiguous()
+    dx, dweight = x.new_empty(x.shape), torch.empty_like(weight)
+    rows, size = inverse.numel(), x.shape[-1]
+    loaded().rms_norm_backward(*map(pointer, (gradient, beside, x)), _row_stride(x), *map(pointer, (weight, inverse, dx, dweight)), rows, size)
+    return dx, dweight
+
+
 class _Normalise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -65,12 +67,21 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *_normalise_backward(gradient, None, *ctx.saved_tensors), None
+
+
+class _NormaliseBeside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        y, inverse = _normalised(_rows(x), weight, eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return x, y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, beside: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
-        gradient = gradient.contiguous()
-        dx, dweight = x.new_empty(x.shape), torch.empty_like(weight)
-        rows, size = inverse.numel(), x.shape[-1]
-        loaded().rms_norm_backward(*map(pointer, (gradient, x)), _row_stride(x), *map(pointer, (weight, inverse, dx, dweight)), rows, size)
-        return dx, dweight, None
+        return *_normalise_backward(gradient, beside, _rows(x), weight, inverse), None
 
 
 def normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -79,31 +90,84 @@ def normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _Normalise.apply(x, weight, eps) if torch.is_grad_enabled() else _normalised(_rows(x), weight, eps)[0]
 
 
-def _gated(gate: Tensor, up: Tensor) -> Tensor:
+def normalise_beside(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x, and `normalise` of it: where both are used, their gradients are added in the pass that makes the second one."""
+    return _NormaliseBeside.apply(x, weight, eps) if torch.is_grad_enabled() else (x, normalise(x, weight, eps))
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, element by element; no gradients."""
+    gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
     loaded().swiglu(pointer(gate), pointer(up), pointer(out), gate.numel())
     return out
 
 
-class _SwiGLU(torch.autograd.Function):
+class _Ffn(NamedTuple):
+    """The weights of a SwiGLU FFN: gate and up (F, D), down (D, F)."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+    def forward(self, x: Tensor, onto: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Of x (M, D): gate and up (M, F), which the way back needs, and what it makes, added to `onto` (M, D)."""
+        gate, up = x @ self.gate.T, x @ self.up.T
+        active = swiglu(gate, up)
+        return gate, up, active @ self.down.T if onto is None else torch.addmm(onto, active, self.down.T)
+
+    def backward(self, gradient: Tensor, x: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, "_Ffn"]:
+        """Gradients of x, in a tensor of its own, and of the weights."""
+        dgate, active, dup = gradient @ self.down, torch.empty_like(gate), torch.empty_like(up)
+        loaded().swiglu_backward(*map(pointer, (dgate, gate, up, active, dup)), gate.numel())
+        ddown = gradient.T @ active
+        del active
+        return (dgate @ self.gate).addmm_(dup, self.up), _Ffn(dgate.T @ x, dup.T @ x, ddown)
+
+
+class _FeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
-        ctx.save_for_backward(gate, up)
-        return _gated(gate, up)
+    def forward(ctx: Any, x: Tensor, onto: Tensor | None, *weights: Tensor) -> Tensor:
+        gate, up, out = _Ffn(*weights).forward(x, onto)
+        ctx.save_for_backward(x, gate, up, *weights)
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        gradient, dgate, dup = gradient.contiguous(), torch.empty_like(gate), torch.empty_like(up)
-        loaded().swiglu_backward(*map(pointer, (gradient, gate, up, dgate, dup)), gate.numel())
-        return dgate, dup
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate, up, *weights = ctx.saved_tensors
+        dx, grads = _Ffn(*weights).backward(gradient, x, gate, up)
+        return dx, gradient if ctx.needs_input_grad[1] else None, *grads
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, element by element."""
-    return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else _gated(gate.contiguous(), up.contiguous())
+def feed_forward(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, onto: Tensor | None = None) -> Tensor:
+    """down(silu(gate(x)) * up(x)) of x (..., D), gate and up (F, D), down (D, F); added to `onto` (..., D).
+
+    One function, so that no sum of gradients passes through memory on its own.
+    """
+    flat = None if onto is None else onto.flatten(0, -2)
+    return _FeedForward.apply(x.flatten(0, -2), flat, gate, up, down).view(*x.shape[:-1], len(down))
+
+
+class _Products(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *weights)
+        return tuple(x @ weight.T for weight in weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        x, *weights = ctx.saved_tensors
+        dx = gradients[0] @ weights[0]
+        for gradient, weight in zip(gradients[1:], weights[1:], strict=True):
+            dx.addmm_(gradient, weight)
+        return dx, *(gradient.T @ x for gradient in gradients)
+
+
+def products(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """x (..., D) times the transpose of each weight (n, D): (..., n).  One function, so that the gradients of x add up in the products."""
+    return tuple(out.view(*x.shape[:-1], -1) for out in _Products.apply(x.flatten(0, -2), *weights))
 
 
 def exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,283 +187,76 @@ def choose_experts(scores: Tensor, devices: int, limit: int, chosen: int) -> Ten
     return ids
 
 
-class _RoutedExperts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gates: Tensor, ids: Tensor, kept: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        x, gates, ids, kept = x.contiguous(), gates.contiguous(), ids.contiguous(), kept.contiguous()
-        (experts, size, width), chosen = down.shape, ids.shape[1]
+class _Experts(NamedTuple):
+    """Routed SwiGLU experts: gate_up (E, 2F, D), down (E, D, F)."""
+
+    gate_up: Tensor
+    down: Tensor
+
+    def forward(self, x: Tensor, gates: Tensor, ids: Tensor, kept: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of x (M, D), added to `out` (M, D); slots, ends and the hidden activations (A, 2F) of the kept assignments, which the way back needs."""
+        ids, kept = ids.contiguous(), kept.contiguous()
+        (experts, size, width), chosen = self.down.shape, ids.shape[1]
         slot, ends = ids.new_empty(ids.numel()), ids.new_empty(experts)
         slots = loaded().sort_by_expert(*map(pointer, (ids, kept, slot, ends)), ids.numel(), experts)
-        hidden, out = x.new_empty(slots, 2 * width), torch.zeros_like(x)
-        scratch = x.new_empty(ROWS * (2 * size + width))
-        loaded().experts_forward(*map(pointer, (x, gates, slot, ends, gate_up, down, hidden, out, scratch)), chosen, experts, size, width, ROWS)
-        ctx.save_for_backward(x, gates, slot, ends, gate_up, down, hidden)
+        hidden, scratch = x.new_empty(slots, 2 * width), x.new_empty(ROWS * (2 * size + width))
+        tensors = (x, gates, slot, ends, *self, hidden, out, scratch)
+        loaded().experts_forward(*map(pointer, tensors), chosen, experts, size, width, ROWS)
+        return slot, ends, hidden
+
+    def backward(self, gradient: Tensor, x: Tensor, gates: Tensor, slot: Tensor, ends: Tensor, hidden: Tensor, dx: Tensor) -> tuple[Tensor, "_Experts"]:
+        """Gradients of the gates and of the weights; that of x is added to `dx`.  No product is done twice."""
+        (experts, size, width), chosen = self.down.shape, gates.shape[1]
+        dgates, grads = torch.zeros_like(gates), _Experts(torch.empty_like(self.gate_up), torch.empty_like(self.down))
+        scratch = x.new_empty(ROWS * (2 * size + 4 * width))
+        tensors = (gradient, x, gates, slot, ends, *self, hidden, dx, dgates, *grads, scratch)
+        loaded().experts_backward(*map(pointer, tensors), *((chosen, experts, size, width, ROWS)))
+        return dgates, grads
+
+
+class _RoutedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gates: Tensor, ids: Tensor, kept: Tensor, *weights: Tensor) -> Tensor:
+        x, gates, out = x.contiguous(), gates.contiguous(), torch.zeros_like(x, memory_format=torch.contiguous_format)
+        ctx.save_for_backward(x, gates, *_Experts(*weights).forward(x, gates, ids, kept, out), *weights)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, gates, slot, ends, gate_up, down, hidden = ctx.saved_tensors
-        (experts, size, width), chosen = down.shape, gates.shape[1]
-        gradient = gradient.contiguous()
-        dx, dgates = torch.zeros_like(x), torch.zeros_like(gates)
-        dgate_up, ddown = torch.empty_like(gate_up), torch.empty_like(down)
-        scratch = x.new_empty(ROWS * (2 * size + 4 * width))
-        loaded().experts_backward(
-            *map(pointer, (gradient, x, gates, slot, ends, gate_up, down, hidden, dx, dgates, dgate_up, ddown, scratch)),
-            *((chosen, experts, size, width, ROWS)),
-        )
-        return dx, dgates, None, None, dgate_up, ddown
+        x, gates, slot, ends, hidden, *weights = ctx.saved_tensors
+        dx = torch.zeros_like(x)
+        dgates, grads = _Experts(*weights).backward(gradient.contiguous(), x, gates, slot, ends, hidden, dx)
+        return dx, dgates, None, None, *grads
 
 
 def routed_experts(x_MD: Tensor, gates_MK: Tensor, ids_MK: Tensor, kept_MK: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """SwiGLU experts (`experts.grouped_experts`): gate_up (E, 2F, D), down (E, D, F) -> (M, D).
-
-    Kept for the way back: the hidden activations of the kept assignments, (A, 2F); no product is done twice.
-    """
+    """SwiGLU experts (`experts.grouped_experts`): gate_up (E, 2F, D), down (E, D, F) -> (M, D)."""
     return _RoutedExperts.apply(x_MD, gates_MK, ids_MK, kept_MK, gate_up, down)
 
 
-def strided(x: Tensor) -> Tensor:
-    """x (B, S, W) with vectors in one piece, copied only where they are not: a part of a cache is read where it lies."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-class _Operand(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("batch", ctypes.c_int64), ("row", ctypes.c_int64), ("head", ctypes.c_int64))
-
-
-class _Shape(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("B", "H", "groups", "T", "N", "R", "V")),
-        ("scale", ctypes.c_float),
-        ("table", ctypes.c_void_p),
-        ("table_batch", ctypes.c_int64),
-        ("turn_keys", ctypes.c_int64),
-        ("first", ctypes.c_void_p),
-        ("block", ctypes.c_int64),
-        ("S", ctypes.c_int64),
-        ("before", ctypes.c_void_p),
-    )
-
-
-class _Absorbed(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("N", "V", "C")),
-        *((name, ctypes.c_void_p) for name in ("up_key", "up_value", "dup_key", "dup_value")),
-        ("up_head", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("down_key", "down_value")),
-        *((name, ctypes.c_int64) for name in ("down_row", "down_head")),
-        *((name, ctypes.POINTER(_Operand)) for name in ("query", "out", "dquery", "dout")),
-    )
-
-
-class Sizes(NamedTuple):
-    """Head counts and widths of an attention: H query heads, `groups` key and value heads; N + R per key, R of it rotary; V per value."""
-
-    heads: int
-    groups: int
-    nope: int
-    rope: int
-    value: int
-
-    @property
-    def key(self) -> int:
-        return self.nope + self.rope
-
-
-def _operand(array: Tensor, width: int, offset: int = 0) -> Any:
-    """Heads of `width` one after the other in the rows of array (B, T, ...), from element `offset` on; width 0: one for all heads."""
-    return ctypes.byref(_Operand(array.data_ptr() + 4 * offset, array.stride(0), array.stride(1), width))
-
-
-class _CausalAttention(torch.autograd.Function):
+class _SparseFeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key_value: Tensor, key_rope: Tensor | None, value: Tensor | None, table: Tensor, first: Tensor | None,
-                before: Tensor | None, sizes: Sizes, scale: float) -> Tensor:  # fmt: skip
-        query, key_value, table = query.contiguous(), key_value.contiguous(), turns(table)
-        key_rope = None if key_rope is None else strided(key_rope)
-        value = None if value is None else value.contiguous()
-        out = query.new_empty(*query.shape[:2], sizes.heads * sizes.value)
-        operands = (*_inputs(query, key_value, key_rope, value, sizes), _operand(out, sizes.value))
-        shape = _shape(query, key_value, table, first, before, sizes, scale, turn_keys=value is not None)
-        lse = _attend(shape, operands, query)
-        ctx.save_for_backward(query, key_value, key_rope, value, table, first, out, lse)
-        ctx.sizes, ctx.scale = sizes, scale
+    def forward(ctx: Any, x: Tensor, onto: Tensor | None, gates: Tensor, ids: Tensor, kept: Tensor, *weights: Tensor) -> Tensor:
+        x, gates = x.contiguous(), gates.contiguous()
+        gate, up, out = _Ffn(*weights[:3]).forward(x, onto)
+        ctx.save_for_backward(x, gates, gate, up, *_Experts(*weights[3:]).forward(x, gates, ids, kept, out), *weights)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, key_value, key_rope, value, table, first, out, lse = ctx.saved_tensors
-        sizes: Sizes = ctx.sizes
-        gradient = gradient.contiguous()  # under a name: the kernel gets its address alone
-        dquery, dkey_value = torch.empty_like(query), torch.empty_like(key_value)
-        dkey_rope = None if key_rope is None else key_rope.new_empty(key_rope.shape)
-        dvalue = None if value is None else torch.empty_like(value)
-        operands = (*_inputs(query, key_value, key_rope, value, sizes), _operand(out, sizes.value))
-        shape = _shape(query, key_value, table, first, None, sizes, ctx.scale, turn_keys=value is not None)
-        grads = _inputs(dquery, dkey_value, dkey_rope, dvalue, sizes)
-        _attend_backward(shape, operands, lse, _operand(gradient, sizes.value), grads, query)
-        return dquery, dkey_value, dkey_rope, dvalue, None, None, None, None, None
+        x, gates, gate, up, slot, ends, hidden, *weights = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        dx, shared = _Ffn(*weights[:3]).backward(gradient, x, gate, up)
+        dgates, routed = _Experts(*weights[3:]).backward(gradient, x, gates, slot, ends, hidden, dx)
+        return dx, gradient if ctx.needs_input_grad[1] else None, dgates, None, None, *shared, *routed
 
 
-class _AbsorbedAttention(torch.autograd.Function):
-    """Multi-query attention of H absorbed queries to the latents themselves, then W^UV of each head."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, latent: Tensor, key_rope: Tensor, weight: Tensor, table: Tensor, first: Tensor | None,
-                before: Tensor | None, sizes: Sizes, scale: float) -> Tensor:  # fmt: skip
-        query, latent, key_rope, weight, table = query.contiguous(), strided(latent), strided(key_rope), weight.contiguous(), turns(table)
-        (batch, length), rank = query.shape[:2], latent.shape[-1]
-        context, out = query.new_empty(batch, length, sizes.heads * rank), query.new_empty(batch, length, sizes.heads * sizes.value)
-        operands = (*_absorbed_inputs(query, latent, key_rope, latent, sizes), _operand(context, rank))
-        shape = _shape(query, latent, table, first, before, _inner(sizes, rank), scale, turn_keys=False)
-        lse = _attend(shape, operands, query, _Around(weight, sizes, query, out))
-        ctx.save_for_backward(query, latent, key_rope, weight, table, first, context, lse)
-        ctx.sizes, ctx.scale = sizes, scale
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, latent, key_rope, weight, table, first, context, lse = ctx.saved_tensors
-        sizes: Sizes = ctx.sizes
-        gradient, rank = gradient.contiguous(), latent.shape[-1]
-        dweight, dquery = torch.zeros_like(weight), torch.empty_like(query)
-        dlatent, dlatent_value, dkey_rope = latent.new_empty(latent.shape), latent.new_empty(latent.shape), key_rope.new_empty(key_rope.shape)
-        operands = (*_absorbed_inputs(query, latent, key_rope, latent, sizes), _operand(context, rank))
-        shape = _shape(query, latent, table, first, None, _inner(sizes, rank), ctx.scale, turn_keys=False)
-        grads = _absorbed_inputs(dquery, dlatent, dkey_rope, dlatent_value, sizes)
-        _attend_backward(shape, operands, lse, None, grads, query, _Around(weight, sizes, query, None, dweight, dquery, gradient))
-        return dquery, dlatent.add_(dlatent_value), dkey_rope, dweight, None, None, None, None, None
-
-
-def latent_attention(
-    query: Tensor,
-    key_value: Tensor,
-    key_rope: Tensor,
-    table: Tensor,
-    sizes: Sizes,
-    scale: float,
-    first: Tensor | None = None,
-    before: Tensor | None = None,
-) -> Tensor:
-    """Causal attention of MLA in its expanded form, from the projections as they come.
-
-    query (B, T, H (N + R)), its rotary parts not yet turned; key_value (B, S, H (N + V)) rebuilt from the latent;
-    key_rope (B, S, R), turned, one for all heads; table complex (T, R / 2) or (B, 1, T, R / 2);
-    first (int32, B, T): the first position that each position may see, never decreasing;
-    before (int64, B): keys before the first query, where S is more than T (without gradients only) -> (B, T, H V).
-    """
-    return _CausalAttention.apply(query, key_value, key_rope, None, table, first, before, sizes, scale)
-
-
-def absorbed_attention(
-    query: Tensor,
-    latent: Tensor,
-    key_rope: Tensor,
-    weight: Tensor,
-    table: Tensor,
-    sizes: Sizes,
-    scale: float,
-    first: Tensor | None = None,
-    before: Tensor | None = None,
-) -> Tensor:
-    """The same function in the absorbed form: latent (B, S, C) and weight (H (N + V), C) of kv_b_proj instead of what they make."""
-    return _AbsorbedAttention.apply(query, latent, key_rope, weight, table, first, before, sizes, scale)
-
-
-def grouped_attention(query: Tensor, key: Tensor, value: Tensor, table: Tensor, sizes: Sizes, scale: float, first: Tensor | None = None) -> Tensor:
-    """Causal attention with `groups` key and value heads: query (B, T, H (N + R)) and key (B, T, groups (N + R)), neither
-    turned yet, value (B, T, groups V) -> (B, T, H V); the rest as in `latent_attention`."""
-    return _CausalAttention.apply(query, key, None, value, table, first, None, sizes, scale)
-
-
-def _inputs(query: Tensor, key_value: Tensor, key_rope: Tensor | None, value: Tensor | None, sizes: Sizes) -> tuple[Any, ...]:
-    """Operands of the expanded form: query and key, both without and with rotation, and value."""
-    queries = (_operand(query, sizes.key), _operand(query, sizes.key, sizes.nope))
-    if value is not None:
-        return *queries, _operand(key_value, sizes.key), _operand(key_value, sizes.key, sizes.nope), _operand(value, sizes.value)
-    assert key_rope is not None
-    rebuilt = sizes.nope + sizes.value
-    return *queries, _operand(key_value, rebuilt), _operand(key_rope, 0), _operand(key_value, rebuilt, sizes.nope)
-
-
-def _absorbed_inputs(query: Tensor, latent: Tensor, key_rope: Tensor, value: Tensor, sizes: Sizes) -> tuple[Any, ...]:
-    """The same of attention to latents, whose queries without rotation are made block by block."""
-    return None, _operand(query, sizes.key, sizes.nope), _operand(latent, 0), _operand(key_rope, 0), _operand(value, 0)
-
-
-def _inner(sizes: Sizes, rank: int) -> Sizes:
-    """Of the attention to latents: the latent is key and value of all heads."""
-    return sizes._replace(groups=1, nope=rank, value=rank)
-
-
-class _Around:
-    """Queries and outputs, (B, T, H (N + R)) and (B, T, H V), around the attention to latents, W^UK and W^UV inside kv_b_proj (H (N + V), C), and
-    the gradients of all; what the kernel gets the address of lives as long as this."""
-
-    def __init__(self, weight: Tensor, sizes: Sizes, query: Tensor, out: Tensor | None, dweight: Tensor | None = None,
-                 dquery: Tensor | None = None, dout: Tensor | None = None) -> None:  # fmt: skip
-        nope, rank, rows = sizes.nope, weight.shape[1], sizes.nope + sizes.value
-        down = weight.unflatten(0, (sizes.heads, rows)).transpose(1, 2).contiguous()
-        self.tensors = (weight, down, query, out, dweight, dquery, dout)
-        ups = [None if x is None else x.data_ptr() + 4 * offset * rank for x in (weight, dweight) for offset in (0, nope)]
-        downs = [down.data_ptr() + 4 * offset for offset in (0, nope)]
-        operands = ((query, sizes.key), (out, sizes.value), (dquery, sizes.key), (dout, sizes.value))
-        places = [None if x is None else ctypes.pointer(_Operand(x.data_ptr(), x.stride(0), x.stride(1), width)) for x, width in operands]
-        self.argument = ctypes.byref(_Absorbed(nope, sizes.value, rank, *ups, rows * rank, *downs, rows, rows * rank, *places))
-
-
-def _shape(query: Tensor, keys: Tensor, table: Tensor, first: Tensor | None, before: Tensor | None, sizes: Sizes, scale: float, *,
-           turn_keys: bool) -> _Shape:  # fmt: skip
-    batch, length = query.shape[:2]
-    return _Shape(
-        batch, sizes.heads, sizes.groups, length, sizes.nope, sizes.rope, sizes.value, scale, table.data_ptr(), per_batch(table, query), turn_keys,
-        pointer(first), min(_queries(keys.shape[1], sizes), length), keys.shape[1], pointer(before),
-    )  # fmt: skip
-
-
-def _queries(keys: int, sizes: Sizes) -> int:
-    """Positions that attend at a time: where heads share their keys, so few that their rows make one product of good size."""
-    rows = max(QUERIES, min(4 * QUERIES, SCORES // keys))
-    return max(1, min(QUERIES, rows * sizes.groups // sizes.heads))
-
-
-def _rows_at_a_time(shape: _Shape, around: _Around | None) -> tuple[int, int]:
-    """Rows of scores at a time; rows of queries, as many as the kernel may take."""
-    tokens = shape.block if around is None else -(-TOKENS // shape.block) * shape.block
-    heads = shape.H // shape.groups
-    return shape.block * heads, tokens * heads
-
-
-def _apart(keys: int) -> int:
-    """Floats from one row of scores to the next: an odd multiple of 16."""
-    return (-(-keys // 16) | 1) * 16
-
-
-def _attend(shape: _Shape, operands: tuple[Any, ...], like: Tensor, around: _Around | None = None) -> Tensor:
-    lse = like.new_empty(shape.B, shape.H, shape.T)
-    (rows, queries), width = _rows_at_a_time(shape, around), shape.N + shape.R
-    scratch = like.new_empty(rows * (_apart(shape.S) + shape.V + 1) + (queries + shape.S) * width)
-    loaded().attention_forward(ctypes.byref(shape), around and around.argument, *operands, pointer(lse), pointer(scratch))
-    return lse
-
-
-def _attend_backward(shape: _Shape, operands: tuple[Any, ...], lse: Tensor, gradient: Any, grads: tuple[Any, ...], like: Tensor,
-                     around: _Around | None = None) -> None:  # fmt: skip
-    assert shape.S == shape.T
-    (rows, queries), width = _rows_at_a_time(shape, around), shape.N + shape.R
-    scratch = like.new_empty(2 * rows * _apart(shape.S) + queries * (2 * width + shape.V + 1) + shape.T * (2 * width + shape.V))
-    loaded().attention_backward(ctypes.byref(shape), around and around.argument, *operands, pointer(lse), gradient, *grads, pointer(scratch))
-
-
-def turns(table: Tensor) -> Tensor:
-    """Complex (..., T, R / 2) as real (..., T, R / 2, 2)."""
-    return torch.view_as_real(table).contiguous()
-
-
-def per_batch(table: Tensor, query: Tensor) -> int:
-    """Floats between one sequence's table and the next one's, of real table (T, R / 2, 2) or (B or 1, 1, T, R / 2, 2)."""
-    return table.stride(0) if table.ndim == 5 and table.shape[0] == query.shape[0] else 0
+def sparse_feed_forward(
+    x_MD: Tensor, gates_MK: Tensor, ids_MK: Tensor, kept_MK: Tensor, shared: tuple[Tensor, Tensor, Tensor], routed: tuple[Tensor, Tensor],
+    onto: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`feed_forward` with the weights `shared`, plus `routed_experts` with the weights `routed`, added to `onto` (M, D): one function, so
+    that their sums and those of their gradients cost no passes through memory of their own."""
+    return _SparseFeedForward.apply(x_MD, onto, gates_MK, ids_MK, kept_MK, *shared, *routed)

@@ -21,12 +21,13 @@ void rms_norm(const float *restrict x, i64 x_stride, const float *restrict weigh
     }
 }
 
-void rms_norm_backward(const float *restrict g, const float *restrict x, i64 x_stride, const float *restrict weight, const float *restrict inverse,
-                       float *restrict dx, float *restrict dweight, i64 rows, i64 d)
+/* With `beside`, or NULL, a gradient that x has from elsewhere: dx is the sum. */
+void rms_norm_backward(const float *restrict g, const float *restrict beside, const float *restrict x, i64 x_stride, const float *restrict weight,
+                       const float *restrict inverse, float *restrict dx, float *restrict dweight, i64 rows, i64 d)
 {
     memset(dweight, 0, d * sizeof(float));
     for (i64 m = 0; m < rows; m++) {
-        const float *row = x + m * x_stride, *grad = g + m * d;
+        const float *row = x + m * x_stride, *grad = g + m * d, *other = beside + m * d;
         float *out = dx + m * d, scale = inverse[m], along = 0.0f;
         for (i64 j = 0; j < d; j++) along += grad[j] * weight[j] * row[j];
         float pull = along * scale * scale * scale / d;
@@ -34,6 +35,8 @@ void rms_norm_backward(const float *restrict g, const float *restrict x, i64 x_s
             dweight[j] += grad[j] * row[j] * scale;
             out[j] = grad[j] * weight[j] * scale - row[j] * pull;
         }
+        if (beside)
+            for (i64 j = 0; j < d; j++) out[j] += other[j];
     }
 }
 
@@ -44,12 +47,15 @@ void swiglu(const float *restrict gate, const float *restrict up, float *restric
     for (i64 j = 0; j < n; j++) out[j] = gate[j] * sigmoid(gate[j]) * up[j];
 }
 
-void swiglu_backward(const float *restrict g, const float *restrict gate, const float *restrict up, float *restrict dgate, float *restrict dup, i64 n)
+/* Of g, the gradient of `out`: those of gate and up, the former where g was; `out` anew. */
+void swiglu_backward(float *g, const float *gate, const float *up, float *out, float *dup, i64 n)
 {
+#pragma GCC ivdep
     for (i64 j = 0; j < n; j++) {
-        float s = sigmoid(gate[j]), silu = gate[j] * s;
-        dup[j] = g[j] * silu;
-        dgate[j] = g[j] * up[j] * (s + silu * (1.0f - s));
+        float s = sigmoid(gate[j]), silu = gate[j] * s, back = g[j];
+        out[j] = silu * up[j];
+        dup[j] = back * silu;
+        g[j] = back * up[j] * (s + silu * (1.0f - s));
     }
 }
 

@@ -29,7 +29,7 @@ SIGNATURES = {
     "repeat_product": "cciiipipipii",
     "few_rows_product": "pppiii",
     "rms_norm": "pipfppii",
-    "rms_norm_backward": "ppippppii",
+    "rms_norm_backward": "pppippppii",
     "swiglu": "pppi",
     "swiglu_backward": "pppppi",
     "exponentials": "piipp",

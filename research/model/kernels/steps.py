@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from research.model.kernels.functions import Sizes, per_batch, pointer, strided, turns
+from research.model.kernels.attending import Sizes, per_batch, strided, turns
+from research.model.kernels.functions import pointer
 from research.model.kernels.native import loaded
 
 
@@ -141,7 +142,7 @@ class Steps:
         """x (B, T, D) becomes what it is behind the last block; back come ids (L, M, K), gates (L, M, K) and scores (L, M, E), as in
         `router.Routing`, of the M = B T tokens in the L blocks with experts.
 
-        table: of `functions.turns`.  The cache's rows `positions` (int64, B, T) are written; `end` are filled afterwards in the fullest
+        table: of `attending.turns`.  The cache's rows `positions` (int64, B, T) are written; `end` are filled afterwards in the fullest
         sequence.  x and positions contiguous.
         """
         (batch, length, _), a = x.shape, self._first
