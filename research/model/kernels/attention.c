@@ -112,23 +112,35 @@ static inline Seen seen(const Shape *s, const int32_t *first, i64 before, i64 lo
     return (Seen){from / WHOLE * WHOLE, end, from % WHOLE, to - (end - WHOLE)};
 }
 
+/* Of a line all but from .. to becomes `fill`. */
+static inline void keep(float *line, int32_t from, int32_t to, float fill)
+{
+    for (int32_t l = 0; l < WHOLE; l += LANES) {
+        ivec place;
+        for (int32_t j = 0; j < LANES; j++) place[j] = l + j;
+        ivec kept = (place >= from) & (place < to), other = (ivec)((vec){0} + fill);
+        store(line + l, (vec)((kept & (ivec)load(line + l)) | (~kept & other)));
+    }
+}
+
 /* What of these lines cannot be seen becomes `fill`. */
 static inline void mask(float *row, Seen keys, float fill)
 {
-    float *restrict first = row + keys.begin, *restrict last = row + keys.end - WHOLE;
-    if (keys.before)
-        for (int32_t j = 0; j < WHOLE; j++) first[j] = j < keys.before ? fill : first[j];
-    if (keys.after < WHOLE)
-        for (int32_t j = 0; j < WHOLE; j++) last[j] = j < keys.after ? last[j] : fill;
+    if (keys.before) keep(row + keys.begin, keys.before, WHOLE, fill);
+    if (keys.after < WHOLE) keep(row + keys.end - WHOLE, 0, keys.after, fill);
 }
 
-/* Of w scores those that cannot be seen become 0. */
+static inline void zero(float *row, i64 begin, i64 end)
+{
+    for (i64 j = begin; j < end; j += LANES) store(row + j, (vec){0});
+}
+
+/* Of w scores, in whole lines, those that cannot be seen become 0. */
 static inline void clear(float *row, Seen keys, i64 w)
 {
     mask(row, keys, 0.0f);
-    memset(row, 0, keys.begin * sizeof(float));
-    for (i64 line = keys.end; line < w; line += WHOLE)
-        for (int j = 0; j < WHOLE; j++) row[line + j] = 0.0f;
+    zero(row, 0, keys.begin);
+    zero(row, keys.end, whole(w));
 }
 
 static inline float total(vec v)
@@ -352,9 +364,9 @@ static void softmax_backward(const Shape *s, const int32_t *first, i64 lo, i64 b
             mask(row, keys, -INFINITY);
             fetch(ahead);
             for (i64 j = keys.begin; j < keys.end; j += LANES) {
-                vec power = power_of_two(load(row + j) - log_sum);
+                vec power = power_of_two(load(row + j) - log_sum), to = power * (load(back + j) - delta);
                 store(row + j, power);
-                store(back + j, power * (load(back + j) - delta));
+                store(back + j, to);
             }
             clear(row, keys, w);
             clear(back, keys, w);

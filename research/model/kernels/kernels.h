@@ -76,6 +76,7 @@ static inline float largest(const float *x, i64 n)
         for (; j + LANES <= n; j += LANES) high = larger(load(x + j), high);
         float lanes[LANES];
         store(lanes, high);
+#pragma GCC unroll 4
         for (int w = LANES / 2; w; w /= 2)
             for (int l = 0; l < w; l++) lanes[l] = lanes[l + w] > lanes[l] ? lanes[l + w] : lanes[l];
         most = lanes[0];
