@@ -57,19 +57,21 @@ def training_memory(model: ModelConfig, tokens: int, *, micro_batches: int = 1, 
     outside = 2.0 * d  # hidden states and their gradient
     kept = [d + ffn.stays if checkpointed else attention.saved + ffn.saved for attention, ffn in blocks]
     after = 0 if earlier else head
-    moments = [tokens * (sum(kept) + sum(ends.values()) + outside) + chunk + earlier + head]
+    once = 0.0 if checkpointed else sum(attention.once for attention, _ in blocks)
+    moments = [tokens * (sum(kept) + sum(ends.values()) + outside) + once + chunk + earlier + head]
     temporary = 0.0
     below = sum(kept) + sum(ends.values()) + outside - d  # the last hidden states' gradient is the residual's from here on
     for (attention, ffn), of_block in zip(reversed(blocks), reversed(kept), strict=True):
         inside = attention.saved + ffn.saved if checkpointed else 0.0
         for half in (ffn, attention):
-            own = tokens * inside + half.backward(tokens)
-            moments.append(tokens * below + after + earlier + own)
+            own = tokens * inside + half.backward(tokens) + (attention.once if checkpointed else 0.0)
+            moments.append(tokens * below + once + after + earlier + own)
             temporary = max(temporary, own)
             after += 0 if earlier else half.parameters
             freed = half.saved
             inside, below = (inside - freed, below) if checkpointed else (inside, below - freed)
         below -= of_block if checkpointed else 0.0
+        once -= 0.0 if checkpointed else attention.once
     moments.append(tokens * (below + d) + (earlier or parameters) + (head if earlier else 0))
     moments.append(parameters)
     return StepMemory(
@@ -89,7 +91,7 @@ def _by_kind(blocks: Iterable[tuple[Layer, Layer]], ends: dict[str, float], toke
         if inputs is not None:
             elements["inputs of blocks"] += inputs
         for half in (attention, ffn):
-            elements[half.kind] = elements.get(half.kind, 0.0) + (half.saved if inputs is None else half.stays)
+            elements[half.kind] = elements.get(half.kind, 0.0) + (half.saved + half.once / tokens if inputs is None else half.stays)
     return {kind: round(BYTES * tokens * value) for kind, value in (elements | {"last norm and ids": sum(ends.values())}).items() if value}
 
 

@@ -17,13 +17,16 @@ def attention_saved(model: ModelConfig, *, kernels: bool) -> dict[str, float]:
     """An attention layer, its norm included."""
     a, d = model.attention, model.hidden_size
     heads, key, value = a.num_attention_heads, a.qk_head_dim, a.v_head_dim
+    to_latents = kernels and _absorbed(a)
+    if to_latents:
+        key, value = a.kv_lora_rank + a.qk_rope_head_dim, a.kv_lora_rank
     saved = _normed(d) | {"queries": heads * key, "log-sum-exp": heads, "input of the output projection": heads * value}
     if a.kind == "mla":
         rotary = a.qk_rope_head_dim if kernels else 0  # the kernel keeps the vector that was split off, and the rotary key
         saved |= {"query latent, 1 / rms, normed latent": 2.0 * a.q_lora_rank + 1} if a.q_lora_rank else {}
         saved |= {"latent and rotary key, 1 / rms, normed latent": 2.0 * a.kv_lora_rank + rotary + 1, "turned rotary key": rotary}
-    if kernels and _absorbed(a):
-        return saved | {"attended latents": float(heads * a.kv_lora_rank)}
+    if to_latents:
+        return saved
     if kernels:
         return saved | {"keys and values": _rebuilt(a)}
     wide, groups = max(key, value), heads if a.kind == "mla" else a.key_value_heads
@@ -39,6 +42,11 @@ def _normed(width: int) -> dict[str, float]:
 def _absorbed(a: AttentionConfig) -> bool:
     """Whether training attends to latents (`model.attention.expansion_pays`)."""
     return a.kind == "mla" and 2 * a.kv_lora_rank <= a.qk_nope_head_dim + a.v_head_dim
+
+
+def _multiplied_projections(a: AttentionConfig, d: int) -> int:
+    """The projections to queries and from heads, W^UK and W^UV multiplied in."""
+    return a.num_attention_heads * ((a.kv_lora_rank + a.qk_rope_head_dim) * (a.q_lora_rank or d) + a.kv_lora_rank * d)
 
 
 def _rebuilt(a: AttentionConfig) -> int:
@@ -102,6 +110,7 @@ def routing_kept(moe: MoEConfig) -> dict[str, float]:
 class Layer:
     """One half of a block: its parameters; elements per token that it saves, and of these those that stay when it is computed again.
 
+    once: elements that it saves for all tokens together.
     moments: points of its backward pass, each with the elements that exist beyond the saved ones: per token, and not per token.
     """
 
@@ -110,6 +119,7 @@ class Layer:
     saved: float
     stays: float
     moments: tuple[tuple[float, float], ...]
+    once: float = 0.0
 
     def backward(self, tokens: int) -> float:
         """The most that its backward pass has beside what is saved."""
@@ -127,15 +137,16 @@ def layers(model: ModelConfig, *, kernels: bool) -> list[tuple[Layer, Layer]]:
 def _attention(model: ModelConfig, *, kernels: bool) -> Layer:
     a, d = model.attention, model.hidden_size
     heads, parameters = a.num_attention_heads, accounting.attention_parameters(a, d) + d
+    once = float(_multiplied_projections(a, d)) if kernels and _absorbed(a) else 0.0
     # Gradients: of the residual; of output, queries, keys and values.
     if kernels and _absorbed(a):
-        each = d + heads * (a.v_head_dim + float(a.qk_head_dim)) + 2 * a.kv_lora_rank + a.qk_rope_head_dim
+        each = d + heads * (2.0 * a.kv_lora_rank + a.qk_rope_head_dim) + a.kv_lora_rank + a.qk_rope_head_dim
     elif kernels:
         each = d + heads * (a.v_head_dim + a.qk_head_dim) + float(_rebuilt(a))
     else:
         groups = heads if a.kind == "mla" else a.key_value_heads
         each = 2.0 * d + 2 * max(a.qk_head_dim, a.v_head_dim) * (heads + groups)
-    return Layer("attention", parameters, sum(attention_saved(model, kernels=kernels).values()), 0.0, ((each, parameters),))
+    return Layer("attention", parameters, sum(attention_saved(model, kernels=kernels).values()), 0.0, ((each, parameters + once),), once)
 
 
 def _dense(model: ModelConfig, index: int, *, kernels: bool) -> Layer:

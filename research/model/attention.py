@@ -2,10 +2,12 @@
 
 MLA (V2 section 2.1, equations 37 to 47) has two forms that compute the same function:
 
-* expanded: keys and values of every head are rebuilt from the latent; cheapest per pair of positions,
-  so training and prefill use it;
+* expanded: keys and values of every head are rebuilt from the latent; cheapest per pair of positions
+  where the latent is wider than a key and a value together, so training and prefill use it there;
 * absorbed: W^UK is folded into the query and W^UV into the output, and every head attends to the same
-  latent, as in multi-query attention; nothing is rebuilt, so decoding uses it.
+  latent, as in multi-query attention; nothing is rebuilt, so decoding uses it.  Where the latent is
+  narrow, as in the scaled family but for nano, training and prefill use it too, with both matrices
+  multiplied into the projections themselves (`MultiHeadLatentAttention._to_latents`).
 """
 
 import math
@@ -17,7 +19,7 @@ from torch.nn import functional as F
 from research.config import AttentionConfig, ModelConfig
 from research.model.cache import LayerCache, Place
 from research.model.kernels import attending, functions, native, steps
-from research.model.layers import Linear, RMSNorm, at_least_float32, rotate
+from research.model.layers import Linear, RMSNorm, at_least_float32, linear, rotate
 
 
 def softmax_scale(config: AttentionConfig) -> float:
@@ -77,11 +79,11 @@ def _visible(first: Tensor) -> Tensor:
     return ((position >= first[..., None]) & (position <= position[:, None]))[:, None]
 
 
-def _projected(x: Tensor, *projections: Linear) -> tuple[Tensor, ...]:
-    """Every projection of x (B, T, D)."""
-    if torch.is_grad_enabled() and native.usable(x, *(projection.weight for projection in projections)):
-        return functions.products(x, *(projection.weight for projection in projections))
-    return tuple(projection(x) for projection in projections)
+def _projected(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """x (B, T, D) by each of the weights (n, D)."""
+    if torch.is_grad_enabled() and native.usable(x, *weights):
+        return functions.products(x, *weights)
+    return tuple(linear(x, weight) for weight in weights)
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -121,7 +123,12 @@ class MultiHeadLatentAttention(nn.Module):
 
         first: int32 (B, T), never decreasing, the first position that each may see, for sequences that are new as a whole; None: 0.
         """
-        query, compressed = _projected(x, self.q_proj if self.config.q_lora_rank is None else self.q_a_proj, self.kv_a_proj_with_mqa)
+        pays = expansion_pays(self.config)
+        kernels = native.usable(x, self.kv_b_proj.weight) and (place is None or not torch.is_grad_enabled())  # behind a cache they give no gradients
+        if kernels and pays == math.inf and (place is None or x.shape[1] > FEW):
+            return self._to_latents(x, table, cache, place, first, onto)
+        down = self.q_proj if self.config.q_lora_rank is None else self.q_a_proj
+        query, compressed = _projected(x, down.weight, self.kv_a_proj_with_mqa.weight)
         if self.config.q_lora_rank is not None:
             query = self.q_b_proj(self.q_a_layernorm(query))
         latent, key_rope = self._latent(compressed, table)
@@ -129,16 +136,42 @@ class MultiHeadLatentAttention(nn.Module):
         if cache is not None and place is not None:
             latent, key_rope = cache.append(place, latent, key_rope)
             visible = place.visible
-        pays = expansion_pays(self.config)
-        if (visible is None or not torch.is_grad_enabled()) and native.usable(query, latent, key_rope):  # behind a cache they give no gradients
-            absorbed = pays == math.inf if visible is None else x.shape[1] < pays
-            return self.o_proj(self._by_kernels(query, latent, key_rope, table, None if visible is None else place, first, absorbed=absorbed), onto)
+        if kernels:
+            return self.o_proj(self._by_kernels(query, latent, key_rope, table, place, first), onto)
         query_nope, query_rope = self._split(query, table)
         # In plain PyTorch only the expanded form has a fused kernel that holds no (T, T) matrix.
         attend = self.absorbed if visible is not None and x.shape[1] < pays else self.expanded
         visible = _visible(first) if first is not None else visible
         heads = attend(query_nope, query_rope, latent, key_rope, visible)
         return self.o_proj(heads.transpose(1, 2).flatten(2), onto)
+
+    def _to_latents(
+        self, x: Tensor, table: Tensor, cache: LayerCache | None, place: Place | None, first: Tensor | None, onto: Tensor | None
+    ) -> Tensor:
+        """`forward` where the latent is narrow: W^UK is multiplied into the projection of the query and W^UV into that of the output (V2
+        section 2.1.2), once for all tokens, so that no vector of N or V is ever made; with gradients, through these products."""
+        a, (up_key, up_value) = self.config, self._up()
+        last = self.q_proj if a.q_lora_rank is None else self.q_b_proj
+        to_nope, to_rope = last.weight.unflatten(0, (a.num_attention_heads, -1)).split((a.qk_nope_head_dim, a.qk_rope_head_dim), 1)
+        to_query = torch.cat((up_key.transpose(1, 2) @ to_nope, to_rope), 1).flatten(0, 1)
+        down = to_query if a.q_lora_rank is None else self.q_a_proj.weight
+        query, compressed = _projected(x, down, self.kv_a_proj_with_mqa.weight)
+        if a.q_lora_rank is not None:
+            query = linear(self.q_a_layernorm(query), to_query)
+        latent, key_rope = self._latent(compressed, table)
+        before = None
+        if cache is not None and place is not None:
+            latent, key_rope = cache.append(place, latent, key_rope)
+            before = place.positions[:, 0].contiguous()
+        context = attending.attention_to_latents(query, latent, key_rope, table, a.num_attention_heads, self.scale, first, before)
+        from_heads = self.o_proj.weight.unflatten(1, (a.num_attention_heads, -1)).transpose(0, 1) @ up_value
+        return linear(context, from_heads.transpose(0, 1).flatten(1), onto)
+
+    def _up(self) -> tuple[Tensor, Tensor]:
+        """W^UK (H, N, C) and W^UV (H, V, C)."""
+        a = self.config
+        up_key, up_value = self.kv_b_proj.weight.unflatten(0, (a.num_attention_heads, -1)).split((a.qk_nope_head_dim, a.v_head_dim), 1)
+        return up_key, up_value
 
     def expanded(self, query_nope: Tensor, query_rope: Tensor, latent: Tensor, key_rope: Tensor, visible: Tensor | None = None) -> Tensor:
         """Queries (B, H, T, N) and (B, H, T, R), latent (B, S, C), rotary key (B, S, R) -> (B, H, T, V).
@@ -153,9 +186,7 @@ class MultiHeadLatentAttention(nn.Module):
 
     def absorbed(self, query_nope: Tensor, query_rope: Tensor, latent: Tensor, key_rope: Tensor, visible: Tensor | None = None) -> Tensor:
         """The same values as `expanded`; keys and values are never rebuilt."""
-        a = self.config
-        weight = self.kv_b_proj.weight.unflatten(0, (a.num_attention_heads, -1))
-        up_key, up_value = weight.split((a.qk_nope_head_dim, a.v_head_dim), 1)
+        up_key, up_value = self._up()
         query = torch.einsum("bhtn,hnc->bhtc", query_nope, up_key)
         scores = torch.einsum("bhtc,bsc->bhts", query, latent) + torch.einsum("bhtr,bsr->bhts", query_rope, key_rope)
         if visible is None:
@@ -163,17 +194,19 @@ class MultiHeadLatentAttention(nn.Module):
         probability = (scores * self.scale).masked_fill(~visible, -math.inf).softmax(-1, dtype=at_least_float32(scores).dtype).to(latent.dtype)
         return torch.einsum("bhtc,hvc->bhtv", torch.einsum("bhts,bsc->bhtc", probability, latent), up_value)
 
-    def _by_kernels(
-        self, query: Tensor, latent: Tensor, key_rope: Tensor, table: Tensor, place: Place | None, first: Tensor | None, *, absorbed: bool
-    ) -> Tensor:
+    def _by_kernels(self, query: Tensor, latent: Tensor, key_rope: Tensor, table: Tensor, place: Place | None, first: Tensor | None) -> Tensor:
         """(B, T, H V) of query (B, T, H (N + R)), not yet turned, latent (B, S, C) and rotary key (B, S, R)."""
-        sizes, weight = head_sizes(self.config), self.kv_b_proj.weight
+        a, sizes, length = self.config, head_sizes(self.config), query.shape[1]
         before = None if place is None else place.positions[:, 0].contiguous()
-        if place is not None and query.shape[1] <= FEW:
-            return steps.latent_decode(query, latent, key_rope, weight, table, place.positions, sizes, self.scale)
-        if absorbed:
-            return attending.absorbed_attention(query, latent, key_rope, weight, table, sizes, self.scale, first, before)
-        return attending.latent_attention(query, self.kv_b_proj(latent), key_rope, table, sizes, self.scale, first, before)
+        if place is not None and length <= FEW:
+            return steps.latent_decode(query, latent, key_rope, self.kv_b_proj.weight, table, place.positions, sizes, self.scale)
+        if place is None or length >= expansion_pays(a):
+            return attending.latent_attention(query, self.kv_b_proj(latent), key_rope, table, sizes, self.scale, first, before)
+        up_key, up_value = self._up()
+        nope, rope = query.unflatten(-1, (sizes.heads, -1)).split((sizes.nope, sizes.rope), -1)
+        query = torch.cat((torch.einsum("bthn,hnc->bthc", nope, up_key), rope), -1).flatten(2)
+        context = attending.attention_to_latents(query, latent, key_rope, table, sizes.heads, self.scale, first, before)
+        return torch.einsum("bthc,hvc->bthv", context.unflatten(-1, (sizes.heads, -1)), up_value).flatten(2)
 
     def _split(self, query: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         a = self.config
@@ -212,10 +245,9 @@ class GroupedAttention(nn.Module):
     ) -> Tensor:
         """x (B, T, D) -> (B, T, D), added to `onto`; the rest as in `MultiHeadLatentAttention`."""
         a = self.config
-        query, key, value = _projected(x, self.q_proj, self.k_proj, self.v_proj)
-        if cache is None:
-            if native.usable(query, key, value):
-                return self.o_proj(attending.grouped_attention(query, key, value, table, head_sizes(a), self.scale, first), onto)
+        query, key, value = _projected(x, self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
+        if cache is None and native.usable(query, key, value):
+            return self.o_proj(attending.grouped_attention(query, key, value, table, head_sizes(a), self.scale, first), onto)
         visible = None if first is None else _visible(first)
         query = self._rotated(query, a.num_attention_heads, table)
         key = self._rotated(key, a.key_value_heads, table)

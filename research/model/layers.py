@@ -22,22 +22,26 @@ def autocast_on(x: Tensor) -> bool:
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
+def linear(x: Tensor, weight: Tensor, onto: Tensor | None = None) -> Tensor:
+    """x W^T, added to `onto`; one token at a time on a CPU, as in decoding, by a kernel that reads W as fast as memory gives it."""
+    few = x.numel() <= functions.FEW_ROWS * weight.shape[1] and not torch.is_grad_enabled()
+    if few and native.usable(x, weight):
+        out = functions.few_rows_product(x, weight)
+    elif onto is not None and not few and native.usable(x, weight, onto):
+        return torch.addmm(onto.flatten(0, -2), x.flatten(0, -2), weight.T).view(onto.shape)
+    else:
+        out = F.linear(x, weight)
+    return out if onto is None else onto + out
+
+
 class Linear(nn.Linear):
-    """x W^T, without a bias; one token at a time on a CPU, as in decoding, by a kernel that reads W as fast as memory gives it."""
+    """`linear` without a bias."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        """The product, added to `onto`."""
-        few = x.numel() <= functions.FEW_ROWS * self.in_features and not torch.is_grad_enabled()
-        if few and native.usable(x, self.weight):
-            out = functions.few_rows_product(x, self.weight)
-        elif onto is not None and not few and native.usable(x, self.weight, onto):
-            return torch.addmm(onto.flatten(0, -2), x.flatten(0, -2), self.weight.T).view(onto.shape)
-        else:
-            out = F.linear(x, self.weight)
-        return out if onto is None else onto + out
+        return linear(x, self.weight, onto)
 
 
 class _Normalise(torch.autograd.Function):

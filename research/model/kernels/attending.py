@@ -13,8 +13,6 @@ from research.model.kernels.native import loaded
 QUERIES, SCORES = 64, 2**20
 """Queries that attend at a time, of all heads that share their keys, and how many scores these make: what is held at once.
 A product of fewer rows than QUERIES is a slow one, however many keys there are."""
-TOKENS = 128
-"""Positions whose products around absorbed attention BLAS does at once, as in attention.c."""
 
 
 def strided(x: Tensor) -> Tensor:
@@ -37,17 +35,6 @@ class _Shape(ctypes.Structure):
         ("block", ctypes.c_int64),
         ("S", ctypes.c_int64),
         ("before", ctypes.c_void_p),
-    )
-
-
-class _Absorbed(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("N", "V", "C")),
-        *((name, ctypes.c_void_p) for name in ("up_key", "up_value", "dup_key", "dup_value")),
-        ("up_head", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("down_key", "down_value")),
-        *((name, ctypes.c_int64) for name in ("down_row", "down_head")),
-        *((name, ctypes.POINTER(_Operand)) for name in ("query", "out", "dquery", "dout")),
     )
 
 
@@ -101,35 +88,32 @@ class _CausalAttention(torch.autograd.Function):
         return dquery, dkey_value, dkey_rope, dvalue, None, None, None, None, None
 
 
-class _AbsorbedAttention(torch.autograd.Function):
-    """Multi-query attention of H absorbed queries to the latents themselves, then W^UV of each head."""
+class _LatentAttention(torch.autograd.Function):
+    """Multi-query attention to the latents themselves, each of them key and value of all heads."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, latent: Tensor, key_rope: Tensor, weight: Tensor, table: Tensor, first: Tensor | None,
-                before: Tensor | None, sizes: Sizes, scale: float) -> Tensor:  # fmt: skip
-        query, latent, key_rope, weight, table = query.contiguous(), strided(latent), strided(key_rope), weight.contiguous(), turns(table)
-        (batch, length), rank = query.shape[:2], latent.shape[-1]
-        context, out = query.new_empty(batch, length, sizes.heads * rank), query.new_empty(batch, length, sizes.heads * sizes.value)
-        operands = (*_absorbed_inputs(query, latent, key_rope, latent, sizes), _operand(context, rank))
-        shape = _shape(query, latent, table, first, before, _inner(sizes, rank), scale, turn_keys=False)
-        lse = _attend(shape, operands, query, _Around(weight, sizes, query, out))
-        ctx.save_for_backward(query, latent, key_rope, weight, table, first, context, lse)
+    def forward(ctx: Any, query: Tensor, latent: Tensor, key_rope: Tensor, table: Tensor, first: Tensor | None, before: Tensor | None,
+                sizes: Sizes, scale: float) -> Tensor:  # fmt: skip
+        query, latent, key_rope, table = query.contiguous(), strided(latent), strided(key_rope), turns(table)
+        out = query.new_empty(*query.shape[:2], sizes.heads * sizes.value)
+        operands = (*_latent_inputs(query, latent, key_rope, sizes), _operand(latent, 0), _operand(out, sizes.value))
+        lse = _attend(_shape(query, latent, table, first, before, sizes, scale, turn_keys=False), operands, query)
+        ctx.save_for_backward(query, latent, key_rope, table, first, out, lse)
         ctx.sizes, ctx.scale = sizes, scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, latent, key_rope, weight, table, first, context, lse = ctx.saved_tensors
+        query, latent, key_rope, table, first, out, lse = ctx.saved_tensors
         sizes: Sizes = ctx.sizes
-        gradient, rank = gradient.contiguous(), latent.shape[-1]
-        dweight, dquery = torch.zeros_like(weight), torch.empty_like(query)
-        dlatent, dlatent_value, dkey_rope = latent.new_empty(latent.shape), latent.new_empty(latent.shape), key_rope.new_empty(key_rope.shape)
-        operands = (*_absorbed_inputs(query, latent, key_rope, latent, sizes), _operand(context, rank))
-        shape = _shape(query, latent, table, first, None, _inner(sizes, rank), ctx.scale, turn_keys=False)
-        grads = _absorbed_inputs(dquery, dlatent, dkey_rope, dlatent_value, sizes)
-        _attend_backward(shape, operands, lse, None, grads, query, _Around(weight, sizes, query, None, dweight, dquery, gradient))
-        return dquery, dlatent.add_(dlatent_value), dkey_rope, dweight, None, None, None, None, None
+        gradient = gradient.contiguous()
+        dquery, dlatent, dkey_rope = torch.empty_like(query), latent.new_empty(latent.shape), key_rope.new_empty(key_rope.shape)
+        operands = (*_latent_inputs(query, latent, key_rope, sizes), _operand(latent, 0), _operand(out, sizes.value))
+        shape = _shape(query, latent, table, first, None, sizes, ctx.scale, turn_keys=False)
+        grads = (*_latent_inputs(dquery, dlatent, dkey_rope, sizes), None)
+        _attend_backward(shape, operands, lse, _operand(gradient, sizes.value), grads, query)
+        return dquery, dlatent, dkey_rope, None, None, None, None, None
 
 
 def latent_attention(
@@ -152,19 +136,20 @@ def latent_attention(
     return _CausalAttention.apply(query, key_value, key_rope, None, table, first, before, sizes, scale)
 
 
-def absorbed_attention(
+def attention_to_latents(
     query: Tensor,
     latent: Tensor,
     key_rope: Tensor,
-    weight: Tensor,
     table: Tensor,
-    sizes: Sizes,
+    heads: int,
     scale: float,
     first: Tensor | None = None,
     before: Tensor | None = None,
 ) -> Tensor:
-    """The same function in the absorbed form: latent (B, S, C) and weight (H (N + V), C) of kv_b_proj instead of what they make."""
-    return _AbsorbedAttention.apply(query, latent, key_rope, weight, table, first, before, sizes, scale)
+    """The attention of MLA's absorbed form: query (B, T, H (C + R)), W^UK absorbed, latent (B, S, C) -> (B, T, H C), to which W^UV has yet to
+    be applied; the rest as in `latent_attention`."""
+    rank, rope = latent.shape[-1], key_rope.shape[-1]
+    return _LatentAttention.apply(query, latent, key_rope, table, first, before, Sizes(heads, 1, rank, rope, rank), scale)
 
 
 def grouped_attention(query: Tensor, key: Tensor, value: Tensor, table: Tensor, sizes: Sizes, scale: float, first: Tensor | None = None) -> Tensor:
@@ -183,30 +168,9 @@ def _inputs(query: Tensor, key_value: Tensor, key_rope: Tensor | None, value: Te
     return *queries, _operand(key_value, rebuilt), _operand(key_rope, 0), _operand(key_value, rebuilt, sizes.nope)
 
 
-def _absorbed_inputs(query: Tensor, latent: Tensor, key_rope: Tensor, value: Tensor, sizes: Sizes) -> tuple[Any, ...]:
-    """The same of attention to latents, whose queries without rotation are made block by block."""
-    return None, _operand(query, sizes.key, sizes.nope), _operand(latent, 0), _operand(key_rope, 0), _operand(value, 0)
-
-
-def _inner(sizes: Sizes, rank: int) -> Sizes:
-    """Of the attention to latents: the latent is key and value of all heads."""
-    return sizes._replace(groups=1, nope=rank, value=rank)
-
-
-class _Around:
-    """Queries and outputs, (B, T, H (N + R)) and (B, T, H V), around the attention to latents, W^UK and W^UV inside kv_b_proj (H (N + V), C), and
-    the gradients of all; what the kernel gets the address of lives as long as this."""
-
-    def __init__(self, weight: Tensor, sizes: Sizes, query: Tensor, out: Tensor | None, dweight: Tensor | None = None,
-                 dquery: Tensor | None = None, dout: Tensor | None = None) -> None:  # fmt: skip
-        nope, rank, rows = sizes.nope, weight.shape[1], sizes.nope + sizes.value
-        down = weight.unflatten(0, (sizes.heads, rows)).transpose(1, 2).contiguous()
-        self.tensors = (weight, down, query, out, dweight, dquery, dout)
-        ups = [None if x is None else x.data_ptr() + 4 * offset * rank for x in (weight, dweight) for offset in (0, nope)]
-        downs = [down.data_ptr() + 4 * offset for offset in (0, nope)]
-        operands = ((query, sizes.key), (out, sizes.value), (dquery, sizes.key), (dout, sizes.value))
-        places = [None if x is None else ctypes.pointer(_Operand(x.data_ptr(), x.stride(0), x.stride(1), width)) for x, width in operands]
-        self.argument = ctypes.byref(_Absorbed(nope, sizes.value, rank, *ups, rows * rank, *downs, rows, rows * rank, *places))
+def _latent_inputs(query: Tensor, latent: Tensor, key_rope: Tensor, sizes: Sizes) -> tuple[Any, ...]:
+    """The same of attention to latents but for the values."""
+    return _operand(query, sizes.key), _operand(query, sizes.key, sizes.nope), _operand(latent, 0), _operand(key_rope, 0)
 
 
 def _shape(query: Tensor, keys: Tensor, table: Tensor, first: Tensor | None, before: Tensor | None, sizes: Sizes, scale: float, *,
@@ -224,11 +188,10 @@ def _queries(keys: int, sizes: Sizes) -> int:
     return max(1, min(QUERIES, rows * sizes.groups // sizes.heads))
 
 
-def _rows_at_a_time(shape: _Shape, around: _Around | None) -> tuple[int, int]:
-    """Rows of scores at a time; rows of queries, as many as the kernel may take."""
-    tokens = shape.block if around is None else -(-TOKENS // shape.block) * shape.block
-    heads = shape.H // shape.groups
-    return shape.block * heads, tokens * heads
+def _scored(shape: _Shape) -> int:
+    """Rows of scores at a time."""
+    rows: int = shape.block * (shape.H // shape.groups)
+    return rows
 
 
 def _apart(keys: int) -> int:
@@ -236,20 +199,19 @@ def _apart(keys: int) -> int:
     return (-(-keys // 16) | 1) * 16
 
 
-def _attend(shape: _Shape, operands: tuple[Any, ...], like: Tensor, around: _Around | None = None) -> Tensor:
+def _attend(shape: _Shape, operands: tuple[Any, ...], like: Tensor) -> Tensor:
     lse = like.new_empty(shape.B, shape.H, shape.T)
-    (rows, queries), width = _rows_at_a_time(shape, around), shape.N + shape.R
-    scratch = like.new_empty(rows * (_apart(shape.S) + shape.V + 1) + (queries + shape.S) * width)
-    loaded().attention_forward(ctypes.byref(shape), around and around.argument, *operands, pointer(lse), pointer(scratch))
+    rows, width = _scored(shape), shape.N + shape.R
+    scratch = like.new_empty(rows * (_apart(shape.S) + width + shape.V + 1) + shape.S * width)
+    loaded().attention_forward(ctypes.byref(shape), *operands, pointer(lse), pointer(scratch))
     return lse
 
 
-def _attend_backward(shape: _Shape, operands: tuple[Any, ...], lse: Tensor, gradient: Any, grads: tuple[Any, ...], like: Tensor,
-                     around: _Around | None = None) -> None:  # fmt: skip
+def _attend_backward(shape: _Shape, operands: tuple[Any, ...], lse: Tensor, gradient: Any, grads: tuple[Any, ...], like: Tensor) -> None:
     assert shape.S == shape.T
-    (rows, queries), width = _rows_at_a_time(shape, around), shape.N + shape.R
-    scratch = like.new_empty(2 * rows * _apart(shape.S) + queries * (2 * width + shape.V + 1) + shape.T * (2 * width + shape.V))
-    loaded().attention_backward(ctypes.byref(shape), around and around.argument, *operands, pointer(lse), gradient, *grads, pointer(scratch))
+    rows, width = _scored(shape), shape.N + shape.R
+    scratch = like.new_empty(rows * (2 * _apart(shape.S) + 2 * width + shape.V + 1) + shape.T * (2 * width + shape.V))
+    loaded().attention_backward(ctypes.byref(shape), *operands, pointer(lse), gradient, *grads, pointer(scratch))
 
 
 def turns(table: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ typedef struct {
 
 /* Scores are taken in whole vectors.  Their rows begin on a boundary of a cache line, an odd number of lines apart: columns of rows that
    lie a power of two apart would fall on the same few sets of the cache. */
-enum { WHOLE = 16, AHEAD = 16, TOKENS = 128 };
+enum { WHOLE = 16, AHEAD = 16 };
 
 /* Queries are scaled by log2(e) too, so that e^score is a power of two. */
 static const float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
@@ -91,16 +91,6 @@ static void pack_queries(const Shape *s, const Operand *qn, const Operand *qr, c
         pack(at(*qn, b, g * G) + i * qn->row, qn->head, at(*qr, b, g * G) + i * qr->row, qr->head, table + i * s->R, 0, s->scale * LOG2_E, q, d, G, s->N, s->R);
 }
 
-/* Their gradients back; of the rotary parts only where the others lie elsewhere, dqn NULL. */
-static void unpack_queries(const Shape *s, const float *dq, const float *table, const Operand *dqn, const Operand *dqr, i64 b, i64 g, i64 t, i64 n)
-{
-    i64 G = s->H / s->groups, d = s->N + s->R, N = dqn ? s->N : 0;
-    const Operand *nope = dqn ? dqn : dqr;
-    for (i64 i = t; i < t + n; i++, dq += G * d)
-        unpack(dq + s->N - N, d, table + i * s->R, 0, s->scale, at(*nope, b, g * G) + i * nope->row, nope->head, at(*dqr, b, g * G) + i * dqr->row, dqr->head,
-               0, G, N, s->R);
-}
-
 /* Keys that a query sees of a row of scores, in whole lines: begin .. end of them, but not the first `before` ones nor those from `after` on of
    the last line. */
 typedef struct { i64 begin, end; int32_t before, after; } Seen;
@@ -150,13 +140,16 @@ static inline float total(vec v)
     return sum;
 }
 
-/* Memory that is wanted soon, `rows` pieces of it: rows of all heads, read and written a head at a time, are no pattern that the processor foresees,
-   and each line would be waited for.  While a row of scores is worked at there is time to fetch a piece. */
+/* Memory that is wanted soon, in pieces: rows of all heads, read and written a head at a time, are no pattern that the processor foresees, and
+   each line would be waited for.  While a row of scores is worked at there is time to fetch a piece. */
 enum { STREAMS = 4, LINE = 16 };
 typedef struct { const float *from[STREAMS]; i64 piece[STREAMS]; } Ahead;
 
-static void soon(Ahead *a, int stream, const Operand *o, i64 b, i64 t, i64 n, i64 rows)
+/* Positions t .. t + n, as many pieces as a block has rows; nothing where heads do not share their keys: each takes a part of these rows. */
+static void soon(Ahead *a, int stream, const Shape *s, const Operand *o, i64 b, i64 t, i64 n)
 {
+    if (s->groups > 1 || t >= s->T) return;
+    i64 rows = s->block * s->H;
     a->from[stream] = at(*o, b, 0) + t * o->row;
     a->piece[stream] = (n * o->row + rows * LINE - 1) / (rows * LINE) * LINE;
 }
@@ -203,119 +196,41 @@ static void softmax(const Shape *s, const int32_t *first, i64 before, i64 lo, i6
         }
 }
 
-/* ---- The absorbed form's products ---- */
-
-/* Around the attention itself, of each head: W^UK before it and W^UV behind it, `up`, (N, C) and (V, C), and transposed, `down`, (C, N) and
-   (C, V), each one's rows and heads so far apart; the gradients of the former. */
-typedef struct {
-    i64 N, V, C;
-    const float *up_key, *up_value;
-    float *dup_key, *dup_value;
-    i64 up_head;
-    const float *down_key, *down_value;
-    i64 down_row, down_head;
-    const Operand *query, *out, *dquery, *dout; /* N of queries, not rotated, and V */
-} Absorbed;
-
-/* They are done for a block of tokens while it is in the cache: a row holds all heads, and one head's part of all rows is as far apart in memory
-   as can be. */
-static int by_tiles(const Shape *s, const Absorbed *a)
-{
-    i64 weights = s->H * (a->N + a->V) * a->C;
-    return small(a->N, weights) && small(a->V, weights) && small(a->C, weights);
-}
-
-/* Tokens at a time, whole blocks of the attention itself: for BLAS many. */
-static i64 tokens_at_a_time(const Shape *s, const Absorbed *a)
-{
-    return a && !by_tiles(s, a) ? (TOKENS + s->block - 1) / s->block * s->block : s->block;
-}
-
-/* One head's matrix, of which that of the next head lies `head` floats on; element (i, j) at i row + j column. */
-typedef struct { const float *data; i64 row, column, head; } Matrix;
-
-/* C_h (m, n) = scale A_h B_h for every head, or with `add` C_h += that; one step of A is 1, and B's columns and C's are. */
-static void heads_product(const Shape *s, int tiles, i64 m, i64 n, i64 k, float scale, Matrix A, Matrix B, float *c, i64 c_row, i64 c_head, int add)
-{
-    for (i64 h = 0; h < s->H; h++, A.data += A.head, B.data += B.head, c += c_head) {
-        if (tiles)
-            small_product(m, n, k, scale, A.data, A.row, A.column, B.data, B.row, c, c_row, add);
-        else if (A.column == 1 && A.row >= k)
-            gemm('N', 'N', m, n, k, scale, A.data, A.row, B.data, B.row, add, c, c_row);
-        else
-            gemm('T', 'N', m, n, k, scale, A.data, A.column, B.data, B.row, add, c, c_row);
-    }
-}
-
-/* Rows of sequence b from position t on. */
-static Matrix rows_of(const Operand *o, i64 b, i64 t) { return (Matrix){at(*o, b, 0) + t * o->row, o->row, 1, o->head}; }
-
-static Matrix transposed(Matrix a) { return (Matrix){a.data, a.column, a.row, a.head}; }
-
-/* Heads one after the other in rows of all of them, as queries are packed: each `width` of `d` floats from `data` on. */
-static Matrix packed(const Shape *s, const float *data, i64 d) { return (Matrix){data, s->H * d, 1, d}; }
-
-/* Queries t .. t + n for the latents, as `pack_queries` has them: (n H, C + R). */
-static void absorb_queries(const Shape *s, int tiles, const Absorbed *a, const Operand *qr, const float *table, i64 b, i64 t, i64 n, float *q)
-{
-    i64 d = s->N + s->R;
-    heads_product(s, tiles, n, a->C, a->N, s->scale * LOG2_E, rows_of(a->query, b, t), (Matrix){a->up_key, a->C, 1, a->up_head}, q, s->H * d, d, 0);
-    for (i64 i = t; i < t + n; i++, q += s->H * d) {
-        const float *rope = at(*qr, b, 0) + i * qr->row;
-        pack(rope, qr->head, rope, qr->head, table + i * s->R, 0, s->scale * LOG2_E, q + s->N, d, s->H, 0, s->R);
-    }
-}
-
 /* ---- Forward and backward ---- */
 
-/* out (B, T, H, V) and lse (B, H, T), in powers of two, of softmax(scale q k^T) v.  With G = H / groups, S as far apart as rows of S scores are and
-   n = `tokens_at_a_time`, scratch: block G (S + V + 1) + n G (N + R) + S (N + R) floats on a boundary of 64 bytes.  Keys are turned by the queries'
-   table, so `turn_keys` goes with S = T.
+/* out (B, T, H, V) and lse (B, H, T), in powers of two, of softmax(scale q k^T) v.  With G = H / groups and S as far apart as rows of S scores
+   are, scratch: block G (S + N + R + V + 1) + S (N + R) floats on a boundary of 64 bytes.  Keys are turned by the queries' table, so `turn_keys`
+   goes with S = T.
    The queries of all heads that share their keys are rows of one product, ordered by position and then head: one product of good size
-   for many, and none of few positions more than causality asks.  They take all their keys at once: no running maximum.
-   With `absorbed`, or NULL, it says whose queries and outputs these are, qn is not looked at, and out is what W^UV is applied to. */
-void attention_forward(const Shape *s, const Absorbed *absorbed, const Operand *qn, const Operand *qr, const Operand *kn, const Operand *kr,
-                       const Operand *v, const Operand *out, float *lse, float *scratch)
+   for many, and none of few positions more than causality asks.  They take all their keys at once: no running maximum. */
+void attention_forward(const Shape *s, const Operand *qn, const Operand *qr, const Operand *kn, const Operand *kr, const Operand *v, const Operand *out,
+                       float *lse, float *scratch)
 {
-    i64 T = s->T, S = s->S, V = s->V, d = s->N + s->R, G = s->H / s->groups, most_rows = s->block * G, chunk = tokens_at_a_time(s, absorbed);
-    int tiles = absorbed && by_tiles(s, absorbed);
-    float *p = scratch, *q = p + most_rows * apart(S), *k = q + chunk * G * d, *o = k + S * d, *inverse = o + most_rows * V;
+    i64 T = s->T, S = s->S, V = s->V, d = s->N + s->R, G = s->H / s->groups, most_rows = s->block * G;
+    float *p = scratch, *q = p + most_rows * apart(S), *k = q + most_rows * d, *o = k + S * d, *inverse = o + most_rows * V;
     for (i64 b = 0; b < s->B; b++)
         for (i64 g = 0; g < s->groups; g++) {
             const float *table = s->table + b * s->table_batch;
             const int32_t *first = s->first ? s->first + b * T : 0;
             i64 before = s->before ? s->before[b] : 0;
             pack(at(*kn, b, g), kn->row, at(*kr, b, g), kr->row, s->turn_keys ? table : 0, s->R, 1.0f, k, d, S, s->N, s->R);
-            for (i64 t = 0; t < T; t += chunk) {
-                i64 end = t + chunk < T ? t + chunk : T;
-                if (absorbed)
-                    absorb_queries(s, tiles, absorbed, qr, table, b, t, end - t, q);
-                else
-                    pack_queries(s, qn, qr, table, b, g, t, end - t, q);
-                for (i64 q0 = t; q0 < end; q0 += s->block) {
-                    i64 n = q0 + s->block < end ? s->block : end - q0, lo = first ? first[q0] : 0;
-                    i64 w = (q0 + n + before < S ? q0 + n + before : S) - lo, wide = apart(w);
-                    Ahead ahead = {0};
-                    if (absorbed) {
-                        soon(&ahead, 0, out, b, q0, n, n * G);
-                        soon(&ahead, 1, absorbed->out, b, q0, n, n * G);
-                        soon(&ahead, 2, absorbed->query, b, q0 + n, s->block, n * G);
+            for (i64 q0 = 0; q0 < T; q0 += s->block) {
+                i64 n = q0 + s->block < T ? s->block : T - q0, lo = first ? first[q0] : 0;
+                i64 w = (q0 + n + before < S ? q0 + n + before : S) - lo, wide = apart(w);
+                Ahead ahead = {0};
+                soon(&ahead, 0, s, out, b, q0, n);
+                soon(&ahead, 1, s, qn, b, q0 + n, s->block);
+                pack_queries(s, qn, qr, table, b, g, q0, n, q);
+                gemm('N', 'T', n * G, w, d, 1.0f, q, d, k + lo * d, d, 0.0f, p, wide);
+                for (i64 i = 0, some = (WHOLE + G - 1) / G; i < n; i += some)
+                    softmax(s, first, before, lo, q0 + i, n - i < some ? n - i : some, p + i * G * wide, wide, w, o, inverse + i * G,
+                            lse + (b * s->H + g * G) * T, &ahead);
+                gemm('N', 'N', n * G, V, w, 1.0f, p, wide, at(*v, b, g) + lo * v->row, v->row, 0.0f, o, V);
+                for (i64 i = q0, r = 0; i < q0 + n; i++)
+                    for (i64 h = g * G; h < (g + 1) * G; h++, r++) {
+                        float *restrict to = at(*out, b, h) + i * out->row;
+                        for (i64 j = 0; j < V; j++) to[j] = o[r * V + j] * inverse[r];
                     }
-                    gemm('N', 'T', n * G, w, d, 1.0f, q + (q0 - t) * G * d, d, k + lo * d, d, 0.0f, p, wide);
-                    for (i64 i = 0, some = (WHOLE + G - 1) / G; i < n; i += some)
-                        softmax(s, first, before, lo, q0 + i, n - i < some ? n - i : some, p + i * G * wide, wide, w, o, inverse + i * G,
-                                lse + (b * s->H + g * G) * T, &ahead);
-                    gemm('N', 'N', n * G, V, w, 1.0f, p, wide, at(*v, b, g) + lo * v->row, v->row, 0.0f, o, V);
-                    for (i64 i = q0, r = 0; i < q0 + n; i++)
-                        for (i64 h = g * G; h < (g + 1) * G; h++, r++) {
-                            float *restrict to = at(*out, b, h) + i * out->row;
-                            for (i64 j = 0; j < V; j++) to[j] = o[r * V + j] * inverse[r];
-                        }
-                }
-                if (absorbed)
-                    heads_product(s, tiles, end - t, absorbed->V, absorbed->C, 1.0f, rows_of(out, b, t),
-                                  (Matrix){absorbed->down_value, absorbed->down_row, 1, absorbed->down_head}, at(*absorbed->out, b, 0) + t * absorbed->out->row,
-                                  absorbed->out->row, absorbed->out->head, 0);
             }
         }
 }
@@ -332,22 +247,6 @@ static void pack_gradients(const Shape *s, const Operand *out, const Operand *do
                 to[j] = gi[j];
                 delta += oi[j] * gi[j];
             }
-            deltas[r] = delta;
-        }
-}
-
-/* The same of outputs that W^UV goes on with, and its gradient. */
-static void absorb_gradients(const Shape *s, int tiles, const Absorbed *a, const Operand *out, i64 b, i64 t, i64 n, float *go, float *deltas)
-{
-    i64 C = a->C;
-    Matrix dout = rows_of(a->dout, b, t);
-    heads_product(s, tiles, n, C, a->V, 1.0f, dout, (Matrix){a->up_value, C, 1, a->up_head}, go, s->H * C, C, 0);
-    heads_product(s, tiles, a->V, C, n, 1.0f, transposed(dout), rows_of(out, b, t), a->dup_value, C, a->up_head, 1);
-    for (i64 i = 0, r = 0; i < n; i++)
-        for (i64 h = 0; h < s->H; h++, r++) {
-            const float *restrict o = at(*out, b, h) + (t + i) * out->row, *restrict row = go + r * C;
-            float delta = 0.0f;
-            for (i64 j = 0; j < C; j++) delta += o[j] * row[j];
             deltas[r] = delta;
         }
 }
@@ -374,58 +273,42 @@ static void softmax_backward(const Shape *s, const int32_t *first, i64 lo, i64 b
     }
 }
 
-/* Writes the gradients of all five operands, and with `absorbed` those of what it says, its weights' added: qn, dout and dqn are then not looked at.
-   scratch: block G 2 S + n G (2 (N + R) + V + 1) + T (2 (N + R) + V) floats. */
-void attention_backward(const Shape *s, const Absorbed *absorbed, const Operand *qn, const Operand *qr, const Operand *kn, const Operand *kr,
-                        const Operand *v, const Operand *out, const float *lse, const Operand *dout, const Operand *dqn, const Operand *dqr,
-                        const Operand *dkn, const Operand *dkr, const Operand *dv, float *scratch)
+/* Writes the gradients of all operands; of v with those of kn where dv is NULL, which says that v is kn.
+   scratch: block G (2 S + 2 (N + R) + V + 1) + T (2 (N + R) + V) floats. */
+void attention_backward(const Shape *s, const Operand *qn, const Operand *qr, const Operand *kn, const Operand *kr, const Operand *v, const Operand *out,
+                        const float *lse, const Operand *dout, const Operand *dqn, const Operand *dqr, const Operand *dkn, const Operand *dkr,
+                        const Operand *dv, float *scratch)
 {
-    i64 T = s->T, d = s->N + s->R, V = s->V, G = s->H / s->groups, most_rows = s->block * G, chunk = tokens_at_a_time(s, absorbed);
-    int tiles = absorbed && by_tiles(s, absorbed);
-    float *p = scratch, *ds = p + most_rows * apart(T), *q = ds + most_rows * apart(T), *dq = q + chunk * G * d, *go = dq + chunk * G * d,
-          *k = go + chunk * G * V, *dk = k + T * d, *dvalue = dk + T * d, *deltas = dvalue + T * V;
+    i64 T = s->T, d = s->N + s->R, V = s->V, G = s->H / s->groups, most_rows = s->block * G, value_row = dv ? V : d;
+    float *p = scratch, *ds = p + most_rows * apart(T), *q = ds + most_rows * apart(T), *dq = q + most_rows * d, *go = dq + most_rows * d,
+          *k = go + most_rows * V, *dk = k + T * d, *deltas = dk + T * d, *dvalue = dv ? deltas + most_rows : dk;
     for (i64 b = 0; b < s->B; b++)
         for (i64 g = 0; g < s->groups; g++) {
             const float *table = s->table + b * s->table_batch, *value = at(*v, b, g);
             const int32_t *first = s->first ? s->first + b * T : 0;
             pack(at(*kn, b, g), kn->row, at(*kr, b, g), kr->row, s->turn_keys ? table : 0, s->R, 1.0f, k, d, T, s->N, s->R);
-            memset(dk, 0, T * (d + V) * sizeof(float));
-            for (i64 t = 0; t < T; t += chunk) {
-                i64 end = t + chunk < T ? t + chunk : T;
-                if (absorbed) {
-                    absorb_queries(s, tiles, absorbed, qr, table, b, t, end - t, q);
-                    absorb_gradients(s, tiles, absorbed, out, b, t, end - t, go, deltas);
-                } else {
-                    pack_queries(s, qn, qr, table, b, g, t, end - t, q);
-                    pack_gradients(s, out, dout, b, g, t, end - t, go, deltas);
-                }
-                for (i64 q0 = t; q0 < end; q0 += s->block) {
-                    i64 n = q0 + s->block < end ? s->block : end - q0, lo = first ? first[q0] : 0, w = q0 + n - lo, wide = apart(w), row = (q0 - t) * G;
-                    Ahead ahead = {0};
-                    if (absorbed) {
-                        soon(&ahead, 0, absorbed->dquery, b, q0, n, n * G);
-                        soon(&ahead, 1, absorbed->query, b, q0 + n, s->block, n * G);
-                        soon(&ahead, 2, absorbed->dout, b, q0 + n, s->block, n * G);
-                        soon(&ahead, 3, out, b, q0 + n, s->block, n * G);
-                    }
-                    gemm('N', 'T', n * G, w, d, 1.0f, q + row * d, d, k + lo * d, d, 0.0f, p, wide);
-                    gemm('N', 'T', n * G, w, V, 1.0f, go + row * V, V, value + lo * v->row, v->row, 0.0f, ds, wide);
-                    softmax_backward(s, first, lo, q0, n, p, ds, wide, w, lse + (b * s->H + g * G) * T, deltas + row, &ahead);
-                    gemm('T', 'N', w, V, n * G, 1.0f, p, wide, go + row * V, V, 1.0f, dvalue + lo * V, V);
-                    gemm('N', 'N', n * G, d, w, 1.0f, ds, wide, k + lo * d, d, 0.0f, dq + row * d, d);
-                    gemm('T', 'N', w, d, n * G, 1.0f, ds, wide, q + row * d, d, 1.0f, dk + lo * d, d);
-                }
-                if (absorbed) {
-                    const Absorbed *a = absorbed;
-                    heads_product(s, tiles, end - t, a->N, a->C, s->scale, packed(s, dq, d), (Matrix){a->down_key, a->down_row, 1, a->down_head},
-                                  at(*a->dquery, b, 0) + t * a->dquery->row, a->dquery->row, a->dquery->head, 0);
-                    heads_product(s, tiles, a->N, a->C, end - t, s->scale, transposed(rows_of(a->query, b, t)), packed(s, dq, d), a->dup_key, a->C,
-                                  a->up_head, 1);
-                }
-                unpack_queries(s, dq, table, absorbed ? 0 : dqn, dqr, b, g, t, end - t);
+            memset(dk, 0, T * d * sizeof(float));
+            if (dv) memset(dvalue, 0, T * V * sizeof(float));
+            for (i64 q0 = 0; q0 < T; q0 += s->block) {
+                i64 n = q0 + s->block < T ? s->block : T - q0, lo = first ? first[q0] : 0, w = q0 + n - lo, wide = apart(w);
+                Ahead ahead = {0};
+                soon(&ahead, 0, s, dqn, b, q0, n);
+                soon(&ahead, 1, s, qn, b, q0 + n, s->block);
+                soon(&ahead, 2, s, dout, b, q0 + n, s->block);
+                soon(&ahead, 3, s, out, b, q0 + n, s->block);
+                pack_queries(s, qn, qr, table, b, g, q0, n, q);
+                pack_gradients(s, out, dout, b, g, q0, n, go, deltas);
+                gemm('N', 'T', n * G, w, d, 1.0f, q, d, k + lo * d, d, 0.0f, p, wide);
+                gemm('N', 'T', n * G, w, V, 1.0f, go, V, value + lo * v->row, v->row, 0.0f, ds, wide);
+                softmax_backward(s, first, lo, q0, n, p, ds, wide, w, lse + (b * s->H + g * G) * T, deltas, &ahead);
+                gemm('T', 'N', w, V, n * G, 1.0f, p, wide, go, V, 1.0f, dvalue + lo * value_row, value_row);
+                gemm('N', 'N', n * G, d, w, 1.0f, ds, wide, k + lo * d, d, 0.0f, dq, d);
+                gemm('T', 'N', w, d, n * G, LN_2, ds, wide, q, d, 1.0f, dk + lo * d, d); /* queries were taken in powers of two */
+                for (i64 i = q0; i < q0 + n; i++)
+                    unpack(dq + (i - q0) * G * d, d, table + i * s->R, 0, s->scale, at(*dqn, b, g * G) + i * dqn->row, dqn->head,
+                           at(*dqr, b, g * G) + i * dqr->row, dqr->head, 0, G, s->N, s->R);
             }
-            /* Queries were taken in powers of two. */
-            unpack(dk, d, s->turn_keys ? table : 0, s->R, LN_2, at(*dkn, b, g), dkn->row, at(*dkr, b, g), dkr->row, dkr->head == 0 && g > 0, T, s->N, s->R);
-            for (i64 t = 0; t < T; t++) memcpy(at(*dv, b, g) + t * dv->row, dvalue + t * V, V * sizeof(float));
+            unpack(dk, d, s->turn_keys ? table : 0, s->R, 1.0f, at(*dkn, b, g), dkn->row, at(*dkr, b, g), dkr->row, dkr->head == 0 && g > 0, T, s->N, s->R);
+            for (i64 t = 0; dv && t < T; t++) memcpy(at(*dv, b, g) + t * dv->row, dvalue + t * V, V * sizeof(float));
         }
 }

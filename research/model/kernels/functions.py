@@ -204,7 +204,9 @@ class _Experts(NamedTuple):
         loaded().experts_forward(*map(pointer, tensors), chosen, experts, size, width, ROWS)
         return slot, ends, hidden
 
-    def backward(self, gradient: Tensor, x: Tensor, gates: Tensor, slot: Tensor, ends: Tensor, hidden: Tensor, dx: Tensor) -> tuple[Tensor, "_Experts"]:
+    def backward(
+        self, gradient: Tensor, x: Tensor, gates: Tensor, slot: Tensor, ends: Tensor, hidden: Tensor, dx: Tensor
+    ) -> tuple[Tensor, "_Experts"]:
         """Gradients of the gates and of the weights; that of x is added to `dx`.  No product is done twice."""
         (experts, size, width), chosen = self.down.shape, gates.shape[1]
         dgates, grads = torch.zeros_like(gates), _Experts(torch.empty_like(self.gate_up), torch.empty_like(self.down))

@@ -89,8 +89,6 @@ static inline float largest(const float *x, i64 n)
 void gemm(char ta, char tb, int m, int n, int k, float alpha, const float *a, int lda, const float *b, int ldb, float beta, float *c, int ldc);
 void few_rows_product(const float *x, const float *w, float *out, i64 m, i64 n, i64 k);
 void product(i64 m, i64 n, i64 k, const float *x, const float *w, float *out);
-int small(i64 n, i64 weights);
-void small_product(i64 m, i64 n, i64 k, float scale, const float *a, i64 a_row, i64 a_column, const float *b, i64 b_row, float *c, i64 c_row, int add);
 
 /* kernels.c */
 void rms_norm(const float *restrict x, i64 x_stride, const float *restrict weight, float eps, float *restrict y, float *restrict inverse, i64 rows, i64 d);

@@ -25,7 +25,6 @@ HEADER = Path(__file__).with_name("kernels.h")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-shared", "-fPIC")
 SIGNATURES = {
     "set_sgemm": "p",
-    "set_all_by_blas": "i",
     "repeat_product": "cciiipipipii",
     "few_rows_product": "pppiii",
     "rms_norm": "pipfppii",
@@ -37,8 +36,8 @@ SIGNATURES = {
     "sort_by_expert": "ppppii",
     "experts_forward": "pppppppppiiiii",
     "experts_backward": "pppppppppppppiiiii",
-    "attention_forward": "pppppppppp",
-    "attention_backward": "pppppppppppppppp",
+    "attention_forward": "ppppppppp",
+    "attention_backward": "ppppppppppppppp",
     "latent_decode": "ppipiipiipppppfiiiiiiiii",
     "decode_blocks": "pipp",
 }

@@ -1,4 +1,4 @@
-/* Matrix products: torch's own sgemm, few rows, and small ones; conventions as in kernels.c. */
+/* Matrix products: torch's own sgemm, and few rows; conventions as in kernels.c. */
 
 #include "kernels.h"
 
@@ -55,55 +55,4 @@ void product(i64 m, i64 n, i64 k, const float *x, const float *w, float *out)
         few_rows_product(x, w, out, m, n, k);
     else
         gemm('N', 'T', m, n, k, 1.0f, x, k, w, k, 0.0f, out, n);
-}
-
-/* ---- Small products ---- */
-
-/* A tile of C is kept in registers: as many sums at once as hide the time that one takes. */
-#if defined(__AVX512F__)
-enum { ROWS = 8, VECTORS = 2 };
-#else
-enum { ROWS = 4, VECTORS = 2 };
-#endif
-enum { MOST_WEIGHTS = 1 << 17 };
-
-static int all_by_blas;
-
-/* Leaves small products to BLAS as well: for a benchmark that counts products there, and as the reference of a test. */
-void set_all_by_blas(i64 yes) { all_by_blas = yes; }
-
-/* Whether products of n columns are for `small_product`: whole vectors, and `weights` that stay in the cache from call to call. */
-int small(i64 n, i64 weights) { return !all_by_blas && n % LANES == 0 && weights <= MOST_WEIGHTS; }
-
-static inline __attribute__((always_inline)) void tile(const int rows, const int vectors, i64 k, float scale, const float *a, i64 a_row, i64 a_column,
-                                                       const float *b, i64 b_row, float *c, i64 c_row, int add)
-{
-    vec sum[ROWS][VECTORS], x[VECTORS];
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < vectors; v++) sum[r][v] = (vec){0};
-    for (i64 q = 0; q < k; q++) {
-        for (int v = 0; v < vectors; v++) x[v] = load(b + q * b_row + v * LANES);
-        for (int r = 0; r < rows; r++)
-            for (int v = 0; v < vectors; v++) sum[r][v] += a[r * a_row + q * a_column] * x[v];
-    }
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < vectors; v++) {
-            float *to = c + r * c_row + v * LANES;
-            store(to, add ? load(to) + scale * sum[r][v] : scale * sum[r][v]);
-        }
-}
-
-/* C (m, n) = scale A B, or with `add` C += that: A (m, k) with element (i, j) at i a_row + j a_column, B (k, n), n whole vectors.  For products of
-   so few multiplications that BLAS spends its time on the way to them. */
-void small_product(i64 m, i64 n, i64 k, float scale, const float *a, i64 a_row, i64 a_column, const float *b, i64 b_row, float *c, i64 c_row, int add)
-{
-    i64 i = 0, j = 0;
-    for (; j + VECTORS * LANES <= n; j += VECTORS * LANES) {
-        for (i = 0; i + ROWS <= m; i += ROWS) tile(ROWS, VECTORS, k, scale, a + i * a_row, a_row, a_column, b + j, b_row, c + i * c_row + j, c_row, add);
-        for (; i < m; i++) tile(1, VECTORS, k, scale, a + i * a_row, a_row, a_column, b + j, b_row, c + i * c_row + j, c_row, add);
-    }
-    for (; j < n; j += LANES) {
-        for (i = 0; i + ROWS <= m; i += ROWS) tile(ROWS, 1, k, scale, a + i * a_row, a_row, a_column, b + j, b_row, c + i * c_row + j, c_row, add);
-        for (; i < m; i++) tile(1, 1, k, scale, a + i * a_row, a_row, a_column, b + j, b_row, c + i * c_row + j, c_row, add);
-    }
 }
