@@ -26,6 +26,7 @@ STEPS = [
     ("deepseek-v2-mini", 8, 256),
     ("deepseek-v2-mini", 2, 1024),
     ("64-experts", 8, 256),
+    ("64-experts-shallow", 8, 256),
 ]
 CONTEXTS = [(1, 1024), (1, 4096), (1, 16384), (1, 32768), (8, 1024), (8, 4096)]
 

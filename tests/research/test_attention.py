@@ -183,6 +183,21 @@ def test_prefill_then_decode_is_the_full_pass(kind):
     torch.testing.assert_close(torch.cat(pieces, 1), full, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("q_lora_rank", [None, 5])
+@pytest.mark.parametrize("pieces", [(30,), (12, 18), (9, 1, 20), (1, 29)])
+def test_a_narrow_latent_in_pieces_is_the_equations(q_lora_rank, pieces):
+    """2 C <= N + V: with the kernels W^UK and W^UV are multiplied into the projections, in training and behind a cache; float64 takes neither."""
+    config = small(q_lora_rank=q_lora_rank)
+    config = replace(config, attention=replace(config.attention, kv_lora_rank=4))
+    model, ids = Transformer(config).initialise(0), torch.randint(0, 37, (2, 30), generator=torch.Generator().manual_seed(1))
+    wanted = Transformer(config).initialise(0).double()(ids).logits
+    torch.testing.assert_close(model(ids).logits.double(), wanted, atol=1e-5, rtol=0)
+    with torch.no_grad():
+        cache = Cache.allocate(config, 2, 40, dtype=torch.float32, device="cpu")
+        said = torch.cat([model(piece, cache).logits for piece in ids.split(pieces, 1)], 1)
+    torch.testing.assert_close(said.double(), wanted, atol=1e-5, rtol=0)
+
+
 def test_later_tokens_never_change_earlier_logits():
     model = Transformer(preset("deepseek-v2-nano")).initialise(0)
     ids = torch.randint(0, 1024, (1, 12), generator=torch.Generator().manual_seed(2))

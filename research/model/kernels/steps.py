@@ -50,7 +50,7 @@ def decode_room(rows: int, cached: int, rank: int, rope: int) -> tuple[int, int,
 def latent_decode(
     query: Tensor, latent: Tensor, key_rope: Tensor, weight: Tensor, table: Tensor, positions: Tensor, sizes: Sizes, scale: float
 ) -> Tensor:
-    """`absorbed_attention` for a few new positions (int64, B, T) over a cache, each of which sees the rows up to its own; no gradients."""
+    """MLA's absorbed form for a few new positions (int64, B, T) over a cache, each of which sees the rows up to its own; no gradients."""
     query, latent, key_rope, table, positions = query.contiguous(), strided(latent), strided(key_rope), turns(table), positions.contiguous()
     (batch, length), (heads, _, nope, rope, value), rank = query.shape[:2], sizes, latent.shape[-1]
     chunk, floats, lanes = decode_room(length * heads, latent.shape[1], rank, rope)
