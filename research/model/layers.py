@@ -22,9 +22,14 @@ def autocast_on(x: Tensor) -> bool:
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
+def few_rows(x: Tensor) -> bool:
+    """Whether x (..., D) are few tokens at a time, as in decoding, that need no gradients: a matter of reading the weights."""
+    return x.numel() <= functions.FEW_ROWS * x.shape[-1] and not torch.is_grad_enabled()
+
+
 def linear(x: Tensor, weight: Tensor, onto: Tensor | None = None) -> Tensor:
-    """x W^T, added to `onto`; one token at a time on a CPU, as in decoding, by a kernel that reads W as fast as memory gives it."""
-    few = x.numel() <= functions.FEW_ROWS * weight.shape[1] and not torch.is_grad_enabled()
+    """x W^T, added to `onto`; few rows on a CPU by a kernel that reads W as fast as memory gives it."""
+    few = few_rows(x)
     if few and native.usable(x, weight):
         out = functions.few_rows_product(x, weight)
     elif onto is not None and not few and native.usable(x, weight, onto):
@@ -107,7 +112,7 @@ class FeedForward(nn.Module):
         if self.gate_proj is None:
             return self.down_proj(self.activation(self.up_proj(x)), onto)
         swiglu = self.activation is F.silu and native.usable(x, *self.weights())
-        if swiglu and torch.is_grad_enabled():
+        if swiglu and not few_rows(x):
             return functions.feed_forward(x, *self.weights(), onto)
         gate, up = self.gate_proj(x), self.up_proj(x)
         return self.down_proj(functions.swiglu(gate, up) if swiglu else self.activation(gate) * up, onto)

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from research.config import ModelConfig
 from research.model.experts import RoutedExperts
 from research.model.kernels import functions, native
-from research.model.layers import FeedForward, at_least_float32, autocast_on
+from research.model.layers import FeedForward, at_least_float32, autocast_on, few_rows
 from research.model.router import Decided, Routing, drop, hash_table, route, route_by_hash
 from research.parallel.world import ALONE, World
 
@@ -67,10 +67,10 @@ class MoE(nn.Module):
         elif protected_B is not None:
             routing = drop(routing, self.config, protected_B.repeat_interleave(x.shape[1]), self.world)
         shared = self.shared_experts
-        if shared is not None and torch.is_grad_enabled() and self._fused(x, shared):
+        if shared is not None and self._fused(x, shared):
             base = None if onto is None else onto.flatten(0, 1)
-            routed, both = (self.experts.gate_up_proj, self.experts.down_proj), shared.weights()
-            out = functions.sparse_feed_forward(flat, routing.gates_MK, routing.expert_ids_MK, routing.kept_MK, both, routed, base)
+            weights = shared.weights(), (self.experts.gate_up_proj, self.experts.down_proj)
+            out = functions.sparse_feed_forward(flat, routing.gates_MK, routing.expert_ids_MK, routing.kept_MK, *weights, base)
             return out.view_as(x), routing
         finish = self.experts.begin(flat, routing)  # with several workers: the tokens travel meanwhile
         if shared is not None:
@@ -79,6 +79,6 @@ class MoE(nn.Module):
         return out if onto is None else onto + out, routing
 
     def _fused(self, x: Tensor, shared: FeedForward) -> bool:
-        """Whether shared and routed experts are one function of the kernels: SwiGLU, all of them here."""
+        """Whether shared and routed experts are one function of the kernels: SwiGLU, all of them here, and not few tokens."""
         here = isinstance(self.experts, RoutedExperts) and self.config.gated_experts and shared.activation is F.silu
-        return here and native.usable(x, *shared.weights(), self.experts.gate_up_proj, self.experts.down_proj)
+        return here and not few_rows(x) and native.usable(x, *shared.weights(), self.experts.gate_up_proj, self.experts.down_proj)
