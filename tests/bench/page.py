@@ -60,9 +60,9 @@ def _training(found: dict[str, Any]) -> list[str]:
             f"{step['times'][name]:.2f}" if name.endswith("eager") and step["model"] not in DEPTHS else _against(step["times"][name], target)
             for name, target in TRAINING.items()
         ]
-        useful = step["published_gflops"] / step["seconds"]["moelab"] / found["peak_gflops"]
+        useful = f"{step['share_of_peak']:.2f}" if "share_of_peak" in step else ""  # pages of before took the peak at another minute
         rows.append(
-            (_shape(step), f"{step['tokens_per_second']['moelab']:,.0f}", *times, _against(step["share_of_published_ceiling"], 0.7), f"{step['share_of_ceiling']:.2f}", f"{useful:.2f}",
+            (_shape(step), f"{step['tokens_per_second']['moelab']:,.0f}", *times, _against(step["share_of_published_ceiling"], 0.7), f"{step['share_of_ceiling']:.2f}", useful,
              f"{step['first_losses_apart']:.0e}")
         )  # fmt: skip
     lines += _table(
@@ -85,11 +85,10 @@ def _training(found: dict[str, Any]) -> list[str]:
         + " times as fast as grouped_mm and eager: what no step with these products exceeds.",
         "",
     ]
+    if all("peak_seconds" in step for step in found["training"]):
+        parts = (f"{step['peak_seconds'] / step['seconds']['moelab']:.2f}" for step in found["training"])
+        lines += ["A step that did its own products at the core's peak and nothing else would take " + ", ".join(parts) + " of the time.", ""]
     lines += [
-        "A step that did its products at the core's peak and nothing else would take "
-        + "; ".join(f"{s['products_gflops'] / found['peak_gflops']:.2f} s of {s['seconds']['moelab']:.2f} s" for s in found["training"])
-        + ", in the order of the table.",
-        "",
         "### Where the time goes",
         "",
         "Own time of each operation; the kernels' own contain their products.",

@@ -109,8 +109,9 @@ def measure_step(name: str, batch: int, length: int, rounds: int) -> dict[str, o
     alone = {name: Products(found) for name, found in products_of(forms["moelab"]).items()}
     with mock.patch("research.model.attention.expansion_pays", return_value=1.0):
         published = Products(sum(products_of(forms["moelab"]).values(), Counter()))
-    beside = interleaved({"moelab": forms["moelab"], "published": published, **alone}, 3 * rounds)
-    mine, as_published = beside.pop("moelab"), beside.pop("published")
+    peak = Products({("N", "N", 1024, 1024, 1024): 1})
+    beside = interleaved({"moelab": forms["moelab"], "published": published, "peak": peak, **alone}, 3 * rounds)
+    mine, as_published, at_peak = beside.pop("moelab"), beside.pop("published"), beside.pop("peak")
     ceiling = sum(beside.values())
     flops = sum(products.flops for products in alone.values())
     return {
@@ -126,6 +127,8 @@ def measure_step(name: str, batch: int, length: int, rounds: int) -> dict[str, o
         "products_share": {name: taken / mine for name, taken in beside.items()},
         "share_of_ceiling": ceiling / mine,
         "share_of_published_ceiling": as_published / mine,
+        "peak_seconds": flops * at_peak / peak.flops,
+        "share_of_peak": train_flops_per_token(config, length) * tokens * at_peak / peak.flops / mine,
         "published_gflops": train_flops_per_token(config, length) * tokens / 1e9,
         "rest": where_the_rest_goes(lambda: steps["moelab"](batches[0])),
     }
