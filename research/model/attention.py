@@ -2,8 +2,8 @@
 
 MLA (V2 section 2.1, equations 37 to 47) has two forms that compute the same function:
 
-* expanded: keys and values of every head are rebuilt from the latent; cheapest per pair of positions
-  where the latent is wider than a key and a value together, so training and prefill use it there;
+* expanded: keys and values of every head are rebuilt from the latent; cheapest per pair of positions where
+  the latent is wider than their mean, 2 C > N + V, so training and prefill use it there;
 * absorbed: W^UK is folded into the query and W^UV into the output, and every head attends to the same
   latent, as in multi-query attention; nothing is rebuilt, so decoding uses it.  Where the latent is
   narrow, as in the scaled family but for nano, training and prefill use it too, with both matrices
